@@ -1,0 +1,26 @@
+"""Errors a user can act on: one line each, saying what is wrong and what to do about it.
+
+The command line prints the message alone and exits with code 1; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class DawhisperError(Exception):
+    """Base of every error that bad input can cause."""
+
+
+class AudioError(DawhisperError):
+    """A recording that cannot be opened, decoded or used."""
+
+
+class CheckpointError(DawhisperError):
+    """A model name, checkpoint file or folder that cannot be found, read or used."""
+
+
+class OptionError(DawhisperError):
+    """An option whose value is unknown, out of range, or at odds with another one."""
+
+
+class DataError(DawhisperError):
+    """A manifest, shard or training item that cannot be used."""

@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests: real weights when there are any, the asset clips, and torch's thread count."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS_VARIABLE = "DAWHISPER_TEST_WEIGHTS"
+
+
+def pytest_configure() -> None:
+    # The models of the tests are tiny: more threads only wait for each other.
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """Folder with OpenAI checkpoints (base.pt, tiny.en.pt); without it the tests on real weights are skipped."""
+    folder = os.environ.get(WEIGHTS_VARIABLE)
+    if not folder:
+        pytest.skip(f"set {WEIGHTS_VARIABLE} to a folder with base.pt and tiny.en.pt to test with real weights")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"{WEIGHTS_VARIABLE}={folder} is not a folder")
+    return path
+
+
+def checkpoint(weights: Path, name: str) -> Path:
+    path = weights / name
+    if not path.is_file():
+        pytest.skip(f"no {name} in {weights}: put OpenAI's file there to run this test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_path(weights: Path) -> Path:
+    """OpenAI's multilingual `base` checkpoint."""
+    return checkpoint(weights, "base.pt")
+
+
+@pytest.fixture(scope="session")
+def tiny_en_path(weights: Path) -> Path:
+    """OpenAI's English-only `tiny.en` checkpoint."""
+    return checkpoint(weights, "tiny.en.pt")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The project's own small clips."""
+    return ROOT / "assets"
