@@ -1,0 +1,462 @@
+"""Whisper with a second cross-attention for noise. This file stands alone: it needs only torch.
+
+Shapes: B windows of audio, R = B * group rows of tokens (group = beams or samples of one window), n tokens,
+T audio positions (1500 for 30 s), d model width, h heads, e = d / h head width, V vocabulary.
+Parameter names are openai-whisper's; the second branch adds names of its own, listed in `SECOND_BRANCH`.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SECOND_BRANCH = ("mixture", "noise_embed", "noise_scale", "secondary_attn", "gate")
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """The sizes of a Whisper model, as stored in OpenAI's checkpoints."""
+
+    n_mels: int
+    n_audio_ctx: int
+    n_audio_state: int
+    n_audio_head: int
+    n_audio_layer: int
+    n_vocab: int
+    n_text_ctx: int
+    n_text_state: int
+    n_text_head: int
+    n_text_layer: int
+
+
+@dataclass(frozen=True)
+class DualOptions:
+    """The second branch of the decoder.
+
+    layer_mixture: the secondary reads a learned mixture of all encoder layers; off: the encoder's output.
+    n_noise_embed: learned noise embeddings that the secondary reads beside the audio; 0 switches them off.
+    gate_hidden: width of the gate's hidden layer; gate_init: the gate's value before training, in (0, 1).
+    init: "copy" starts the secondary as the primary's copy, which computes exactly what Whisper does; "random".
+    """
+
+    layer_mixture: bool = True
+    n_noise_embed: int = 8
+    gate_hidden: int = 64
+    gate_init: float = 0.8
+    init: str = "copy"
+
+    def __post_init__(self) -> None:
+        if self.init not in ("copy", "random"):
+            raise ValueError(f"DualOptions.init is 'copy' or 'random', not {self.init!r}")
+        if not 0 < self.gate_init < 1:
+            raise ValueError(f"DualOptions.gate_init lies between 0 and 1, not {self.gate_init}")
+
+
+class AudioFeatures(NamedTuple):
+    """What the decoder attends to: the encoder output for the primary, its mixture for the secondary branch."""
+
+    primary: Tensor  # [B, T, d]
+    secondary: Tensor  # [B, T, d]; the same tensor as `primary` where there is no layer mixture
+
+
+@dataclass
+class Trace:
+    """What a forward pass records of its cross-attentions, by layer, when it is given one.
+
+    `output` is the fused cross-attention output [R, n, d], `gate` the primary's share a [R, n] (dual models), and with
+    `attention` set, `primary` and `secondary` are the scores before the softmax [R, h, n, T].
+    `layers` limits the recording to the chosen decoder layers.
+    """
+
+    layers: Collection[int] | None = None
+    attention: bool = False
+    output: dict[int, Tensor] = field(default_factory=dict)
+    gate: dict[int, Tensor] = field(default_factory=dict)
+    primary: dict[int, Tensor] = field(default_factory=dict)
+    secondary: dict[int, Tensor] = field(default_factory=dict)
+    features: AudioFeatures | None = None
+
+    def wants(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+
+class CrossMemory(NamedTuple):
+    """Keys and values of one layer's cross-attentions; the heads of both branches are stacked."""
+
+    key: Tensor  # [B, h or 2h, T, e]
+    value: Tensor
+    noise_key: Tensor | None  # [1, h, k, e], from the noise embeddings
+    noise_value: Tensor | None
+
+
+def sinusoids(length: int, channels: int, max_timescale: float = 10_000.0) -> Tensor:
+    """Sinusoidal positions [length, channels] (Vaswani et al. 2017, section 3.5), sines then cosines as in Whisper."""
+    scale = torch.exp(-math.log(max_timescale) / (channels // 2 - 1) * torch.arange(channels // 2))
+    angle = torch.arange(length)[:, None] * scale[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class MultiHeadAttention(nn.Module):
+    """The projections of one attention; the attention itself is `scaled_dot_product_attention`."""
+
+    def __init__(self, n_state: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.query = nn.Linear(n_state, n_state)
+        self.key = nn.Linear(n_state, n_state, bias=False)
+        self.value = nn.Linear(n_state, n_state)
+        self.out = nn.Linear(n_state, n_state)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, n, d] -> [B, h, n, e]"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.key(x)), self.split(self.value(x))
+
+
+def merge(x: Tensor) -> Tensor:
+    """[B, h, n, e] -> [B, n, d]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def mlp(n_state: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_state, 4 * n_state), nn.GELU(), nn.Linear(4 * n_state, n_state))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, n_state: int, n_head: int):
+        super().__init__()
+        self.attn = MultiHeadAttention(n_state, n_head)
+        self.attn_ln = nn.LayerNorm(n_state)
+        self.mlp = mlp(n_state)
+        self.mlp_ln = nn.LayerNorm(n_state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn_ln(x)
+        q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        x = x + self.attn.out(merge(F.scaled_dot_product_attention(q, k, v)))
+        return x + self.mlp(self.mlp_ln(x))
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel spectrogram -> features. Any even number of frames up to 2 * n_audio_ctx is encoded."""
+
+    def __init__(self, dims: ModelDimensions):
+        super().__init__()
+        d = dims.n_audio_state
+        self.conv1 = nn.Conv1d(dims.n_mels, d, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(d, d, kernel_size=3, stride=2, padding=1)
+        self.register_buffer("positional_embedding", sinusoids(dims.n_audio_ctx, d))
+        self.blocks = nn.ModuleList(EncoderBlock(d, dims.n_audio_head) for _ in range(dims.n_audio_layer))
+        self.ln_post = nn.LayerNorm(d)
+        self.mixture: nn.Parameter | None = None
+        self.gradient_checkpointing = False
+
+    def forward(self, mel: Tensor) -> AudioFeatures:
+        """mel [B, n_mels, 2T] -> features [B, T, d] of both branches."""
+        x = F.gelu(self.conv1(mel))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        if x.shape[1] > self.positional_embedding.shape[0]:
+            raise ValueError(
+                f"the audio has {mel.shape[-1]} frames; the encoder takes {2 * len(self.positional_embedding)}"
+            )
+        x = x + self.positional_embedding[: x.shape[1]]
+        mixed: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            x = maybe_checkpoint(self, block, x)
+            if self.mixture is not None and layer < len(self.blocks) - 1:
+                # layers differ in scale, so each is normalised before it is weighed
+                weighed = self.mixture[layer] * F.layer_norm(x, x.shape[-1:])
+                mixed = weighed if mixed is None else mixed + weighed
+        x = self.ln_post(x)
+        if self.mixture is None:
+            return AudioFeatures(x, x)
+        last = self.mixture[-1] * x
+        return AudioFeatures(x, last if mixed is None else mixed + last)
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, then two cross-attentions fused by a gate, then the MLP.
+
+    y = ln(x);  p = primary(y, A);  s = secondary(y, S);  a = sigmoid(gate([y, p, s]));  x = x + a p + (1 - a) s
+    """
+
+    def __init__(self, n_state: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.attn = MultiHeadAttention(n_state, n_head)
+        self.attn_ln = nn.LayerNorm(n_state)
+        self.cross_attn = MultiHeadAttention(n_state, n_head)
+        self.cross_attn_ln = nn.LayerNorm(n_state)
+        self.mlp = mlp(n_state)
+        self.mlp_ln = nn.LayerNorm(n_state)
+        self.secondary_attn: MultiHeadAttention | None = None
+        self.gate: nn.Sequential | None = None
+        self.noise_scale: nn.Parameter | None = None
+
+    def add_second_branch(self, dual: DualOptions) -> None:
+        d = self.attn_ln.weight.numel()
+        self.secondary_attn = MultiHeadAttention(d, self.n_head)
+        if dual.init == "copy":
+            self.secondary_attn.load_state_dict(self.cross_attn.state_dict())
+        last = nn.Linear(dual.gate_hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(dual.gate_init / (1 - dual.gate_init)))
+        self.gate = nn.Sequential(nn.Linear(3 * d, dual.gate_hidden), nn.GELU(), last)
+        if dual.n_noise_embed:
+            self.noise_scale = nn.Parameter(torch.zeros(self.n_head))
+
+    def memory(self, features: AudioFeatures, noise_embed: Tensor | None) -> CrossMemory:
+        """The keys and values that the cross-attentions read, computed once for a window."""
+        key, value = self.cross_attn.key_value(features.primary)
+        if self.secondary_attn is None:
+            return CrossMemory(key, value, None, None)
+        key2, value2 = self.secondary_attn.key_value(features.secondary)
+        noise = (None, None) if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
+        return CrossMemory(torch.cat([key, key2], dim=1), torch.cat([value, value2], dim=1), *noise)
+
+    def forward(self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
+        x = x + self.self_attention(self.attn_ln(x), cache, layer)
+        # the rows of one window share its memory: they stand side by side as queries, nothing is copied
+        y = self.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
+        trace = trace if trace is not None and trace.wants(layer) else None
+        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace).view_as(x)
+        return x + self.mlp(self.mlp_ln(x))
+
+    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        n = y.shape[1]
+        q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        mask = None
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+            if n > 1 and k.shape[2] > n:  # several tokens after earlier ones
+                mask = torch.ones(n, k.shape[2], dtype=torch.bool, device=y.device).tril(k.shape[2] - n)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
+        return self.attn.out(merge(out))
+
+    def cross_attention(
+        self, y: Tensor, memory: CrossMemory, rows: Sequence[int], layer: int, trace: Trace | None
+    ) -> Tensor:
+        primary, secondary = self.cross_attn, self.secondary_attn
+        q = primary.split(primary.query(y))
+        if secondary is not None:
+            q2 = secondary.split(secondary.query(y))
+            q = torch.cat([q, q2], dim=1)
+        read = F.scaled_dot_product_attention(q, memory.key, memory.value)  # both branches in one call
+        gate = None
+        if secondary is None:
+            fused = primary.out(merge(read))
+        else:
+            read, read2 = read.chunk(2, dim=1)
+            if self.noise_scale is not None:
+                shape = (len(q2), *memory.noise_key.shape[1:])  # type: ignore[union-attr]
+                noise = F.scaled_dot_product_attention(
+                    q2,
+                    memory.noise_key.expand(shape),
+                    memory.noise_value.expand(shape),  # type: ignore[union-attr]
+                )
+                read2 = read2 + self.noise_scale[:, None, None] * noise
+            p, s = primary.out(merge(read)), secondary.out(merge(read2))
+            gate = torch.sigmoid(self.gate(torch.cat([y, p, s], dim=-1)))  # type: ignore[misc]
+            fused = s + gate * (p - s)  # a p + (1 - a) s, and exactly p where s equals p
+        if trace is not None:
+            trace.output[layer] = fused.view(*rows, -1)
+            if gate is not None:
+                trace.gate[layer] = gate.view(*rows)
+            if trace.attention:
+                scores = (q @ memory.key.mT / math.sqrt(q.shape[-1])).unflatten(2, (-1, rows[1])).transpose(1, 2)
+                scores = scores.flatten(0, 1)  # [R, h or 2h, n, T]
+                trace.primary[layer] = scores[:, : self.n_head]
+                if secondary is not None:
+                    trace.secondary[layer] = scores[:, self.n_head :]
+        return fused
+
+
+class TextDecoder(nn.Module):
+    def __init__(self, dims: ModelDimensions):
+        super().__init__()
+        d = dims.n_text_state
+        self.token_embedding = nn.Embedding(dims.n_vocab, d)
+        self.positional_embedding = nn.Parameter(torch.randn(dims.n_text_ctx, d) * 0.01)
+        self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
+        self.ln = nn.LayerNorm(d)
+        self.noise_embed: nn.Parameter | None = None
+        self.gradient_checkpointing = False
+
+    def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
+        return (block.memory(features, self.noise_embed) for block in self.blocks)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        features: AudioFeatures | None = None,
+        cache: KVCache | None = None,
+        trace: Trace | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """tokens [R, n] -> logits [R, n, V] in float32.
+
+        With a cache the tokens follow those already in it, and the audio is the cache's; without one, `features`
+        gives the audio. `positions` limits the logits to some of the n tokens, in the order given.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > len(self.positional_embedding):
+            raise ValueError(f"{end} tokens do not fit the decoder's {len(self.positional_embedding)} positions")
+        x = self.token_embedding(tokens) + self.positional_embedding[start:end]
+        if cache is None and features is None:
+            raise ValueError("the decoder needs the audio: give features or a cache")
+        memories = self.memories(features) if cache is None else iter(cache.memories)  # type: ignore[arg-type]
+        for layer, (block, memory) in enumerate(zip(self.blocks, memories)):
+            x = maybe_checkpoint(self, block, x, memory, cache, layer, trace)
+        if cache is not None:
+            cache.length = end
+        if positions is not None:
+            x = x[:, list(positions)]
+        return (self.ln(x) @ self.token_embedding.weight.T.to(x.dtype)).float()
+
+
+class KVCache:
+    """Preallocated keys and values of a decoding run: self-attention by position, cross-attention by window.
+
+    `rows` of tokens = windows * group. Keys and values of the audio are computed here, once, and are shared by the
+    rows of a window; `repeat` and `select` touch the self-attention alone.
+    """
+
+    def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
+        self.memories = [
+            CrossMemory(*(x if x is None else x.contiguous() for x in m)) for m in decoder.memories(features)
+        ]
+        self.length = 0
+        key = self.memories[0].key
+        n_ctx, d = decoder.positional_embedding.shape
+        n_head = decoder.blocks[0].n_head  # type: ignore[union-attr]
+        size = (len(self.memories), 2, len(key), n_head, min(n_ctx, max_length or n_ctx), d // n_head)  # type: ignore[operator]
+        self.states = key.new_zeros(size)  # type: ignore[arg-type]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e]."""
+        end = self.length + key.shape[2]
+        keys, values = self.states[layer]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def repeat(self, group: int) -> None:
+        """Make `group` rows of every row."""
+        self.states = self.states.repeat_interleave(group, dim=2)
+
+    def select(self, rows: Tensor) -> None:
+        """Row i continues what row rows[i] was; rows of one window stay in it."""
+        self.states[..., : self.length, :] = self.states[:, :, rows, :, : self.length]
+
+
+def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Run a block; with gradient checkpointing on, recompute it in the backward pass instead of keeping it."""
+    if module.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+class Whisper(nn.Module):
+    """OpenAI's Whisper, with a second branch in its decoder where `dual` is given.
+
+    variable_audio_ctx: trained to encode only as much as there is audio, instead of 30 s always.
+    """
+
+    def __init__(self, dims: ModelDimensions, dual: DualOptions | None = None, variable_audio_ctx: bool = False):
+        super().__init__()
+        self.dims = dims
+        self.dual: DualOptions | None = None
+        self.variable_audio_ctx = variable_audio_ctx
+        self.encoder = AudioEncoder(dims)
+        self.decoder = TextDecoder(dims)
+        # the heads that word times are read from; unless a model names its own, all of the upper half, as in Whisper
+        heads = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)
+        heads[dims.n_text_layer // 2 :] = True
+        self.register_buffer("alignment_heads", heads, persistent=False)
+        if dual is not None:
+            self.add_second_branch(dual)
+
+    def add_second_branch(self, dual: DualOptions) -> None:
+        """Give a single-branch decoder its second branch; with init="copy" the model still computes the same."""
+        if self.dual is not None:
+            raise ValueError("the model has its second branch already")
+        self.dual = dual
+        if dual.layer_mixture:
+            mixture = torch.zeros(self.dims.n_audio_layer)
+            mixture[-1] = 1
+            self.encoder.mixture = nn.Parameter(mixture)
+        if dual.n_noise_embed:
+            self.decoder.noise_embed = nn.Parameter(torch.randn(dual.n_noise_embed, self.dims.n_text_state))
+        for block in self.decoder.blocks:
+            block.add_second_branch(dual)  # type: ignore[operator]
+        self.to(self.device, self.dtype)
+
+    def encode(self, mel: Tensor) -> AudioFeatures:
+        """mel [B, n_mels, 2T] -> features of both branches, [B, T, d] each."""
+        return self.encoder(mel)
+
+    def embed_audio(self, mel: Tensor) -> Tensor:
+        """mel [B, n_mels, 2T] -> the encoder output [B, T, d], as openai-whisper's."""
+        return self.encoder(mel).primary
+
+    def logits(self, tokens: Tensor, features: AudioFeatures) -> Tensor:
+        """tokens [B, n] -> logits [B, n, V]"""
+        return self.decoder(tokens, features)
+
+    def forward(self, mel: Tensor, tokens: Tensor, trace: Trace | None = None) -> Tensor:
+        """mel [B, n_mels, 2T], tokens [B, n] -> logits [B, n, V]; `trace` records the cross-attentions."""
+        features = self.encoder(mel)
+        if trace is not None:
+            trace.features = features
+        return self.decoder(tokens, features, trace=trace)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.positional_embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.positional_embedding.dtype
+
+    @property
+    def is_multilingual(self) -> bool:
+        return self.dims.n_vocab >= 51865
+
+    @property
+    def num_languages(self) -> int:
+        return self.dims.n_vocab - 51765 - int(self.is_multilingual)
+
+    def set_alignment_heads(self, dump: bytes) -> None:
+        """Heads for word times from openai-whisper's table (base85 of gzipped booleans, layers by heads)."""
+        flags = torch.frombuffer(bytearray(gzip.decompress(base64.b85decode(dump))), dtype=torch.bool)
+        self.alignment_heads = flags.view(self.dims.n_text_layer, self.dims.n_text_head).to(self.device)
+
+    def freeze_encoder(self) -> None:
+        """No gradients for the encoder; the layer mixture, which belongs to the second branch, still learns."""
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(is_second_branch(name))
+
+    def freeze_primary_decoder(self) -> None:
+        """No gradients for what Whisper's decoder has; the second branch and its gate still learn."""
+        for name, parameter in self.decoder.named_parameters():
+            parameter.requires_grad_(is_second_branch(name))
+
+    def unfreeze(self) -> None:
+        self.requires_grad_(True)
+
+
+def is_second_branch(name: str) -> bool:
+    """Whether a parameter of this name exists only in a dual model."""
+    return any(part in SECOND_BRANCH for part in name.split("."))
