@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def load_audio(
         samples that are at `sr` already: float in [-1, 1], or int16/int32/uint8; shape [n], or 2-D where the smaller
         dimension is the channels
     sr: samples per second of the result
-    start, end: the part to return, in seconds
+    start, end: the part to return, in seconds; far into a file this seeks, which some formats place to a millisecond
 
     Returns
     -------
@@ -220,8 +220,7 @@ def _decode(path: str, sr: int, start: float, end: float | None) -> tuple[np.nda
     with container:
         if not container.streams.audio:
             raise AudioError(f"{name}: there is no sound in this file; name one with an audio track")
-        stream = container.streams.best("audio") or container.streams.audio[0]
-        stream.thread_type = "AUTO"
+        stream = cast("AudioStream", container.streams.best("audio") or container.streams.audio[0])
         try:
             origin = _seek(container, stream, start) if start > SEEK_FROM else 0.0
         except av.FFmpegError:
@@ -258,7 +257,9 @@ def _collect(
     return samples, length
 
 
-def _blocks(container: InputContainer, stream: AudioStream, sr: int, errors: list[str]) -> Iterator[np.ndarray]:
+def _blocks(
+    container: InputContainer, stream: AudioStream, sr: int, errors: list[str]
+) -> Generator[np.ndarray, None, None]:
     """Mono int16 blocks at `sr`, as the ffmpeg command gives them; a packet that fails is noted and skipped."""
     import av
 
