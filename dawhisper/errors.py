@@ -5,6 +5,9 @@ The command line prints the message alone and exits with code 1; any other excep
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DawhisperError(Exception):
     """Base of every error that bad input can cause."""
@@ -18,9 +21,15 @@ class CheckpointError(DawhisperError):
     """A model name, checkpoint file or folder that cannot be found, read or used."""
 
 
-class OptionError(DawhisperError):
+class OptionError(DawhisperError, ValueError):
     """An option whose value is unknown, out of range, or at odds with another one."""
 
 
 class DataError(DawhisperError):
     """A manifest, shard or training item that cannot be used."""
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """What to append to an "unknown name" message: "; did you mean a, b?", or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -344,6 +344,10 @@ class KVCache:
         size = (len(self.memories), 2, len(key), n_head, min(n_ctx, max_length or n_ctx), d // n_head)  # type: ignore[operator]
         self.states = key.new_zeros(size)  # type: ignore[arg-type]
 
+    @property
+    def rows(self) -> int:
+        return self.states.shape[2]
+
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e]."""
         end = self.length + key.shape[2]

@@ -1,0 +1,465 @@
+"""One batch of 30-second windows -> tokens: language detection, greedy, sampling and beam search.
+
+Shapes: B windows, G rows a window (beams, or samples of best_of), R = B * G rows, V vocabulary, L token positions.
+Options, results and rules are openai-whisper's; everything here runs for the whole batch at once, on the model's
+device, and the host looks at one flag a token: whether all rows are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Categorical
+from whisper.audio import CHUNK_LENGTH
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
+from whisper.utils import compression_ratio
+
+from .errors import OptionError, near_names
+from .model import AudioFeatures, KVCache, Whisper
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How to decode a window; the fields are openai-whisper's.
+
+    task: "transcribe", "translate" (to English) or "lang_id" (detect the language only).
+    language: code or English name; None detects it for each window.
+    temperature: 0 decodes greedily or with beams, above 0 samples.
+    sample_len: most tokens to sample; None is half of the text context.
+    best_of: samples drawn a window at a temperature above 0; the best is kept.
+    beam_size, patience: beam search at temperature 0; patience as in Kasai et al., arXiv:2204.05424.
+    length_penalty: alpha of Wu et al., arXiv:1609.08144; None divides by the length.
+    prompt: earlier text, or its tokens; prefix: the beginning of this window's text, or its tokens.
+    suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start.
+    without_timestamps: text only; max_initial_timestamp: latest start of the first segment, in seconds.
+    fp16: accepted for openai-whisper's callers and ignored; the model's own dtype is used.
+    """
+
+    task: str = "transcribe"
+    language: str | None = None
+    temperature: float = 0.0
+    sample_len: int | None = None
+    best_of: int | None = None
+    beam_size: int | None = None
+    patience: float | None = None
+    length_penalty: float | None = None
+    prompt: str | list[int] | None = None
+    prefix: str | list[int] | None = None
+    suppress_tokens: str | Iterable[int] | None = "-1"
+    suppress_blank: bool = True
+    without_timestamps: bool = False
+    max_initial_timestamp: float | None = 1.0
+    fp16: bool = True
+
+    def __post_init__(self) -> None:
+        if self.task not in ("transcribe", "translate", "lang_id"):
+            raise OptionError(f"unknown task {self.task!r}; use transcribe, translate or lang_id")
+        if self.beam_size is not None and self.best_of is not None:
+            raise OptionError("beam_size and best_of can't be given together; beam_size is for temperature 0")
+        if self.temperature == 0 and self.best_of is not None:
+            raise OptionError("best_of needs a temperature above 0; use beam_size at temperature 0")
+        if self.temperature < 0:
+            raise OptionError(f"temperature is 0 or more, not {self.temperature}")
+        if self.patience is not None and self.beam_size is None:
+            raise OptionError("patience needs beam_size")
+        for name in ("beam_size", "best_of", "sample_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is at least 1, not {value}")
+        if self.length_penalty is not None and not 0 <= self.length_penalty <= 1:
+            raise OptionError(f"length_penalty lies between 0 and 1, not {self.length_penalty}")
+        if self.patience is not None and round(cast(int, self.beam_size) * self.patience) < 1:
+            raise OptionError(f"patience {self.patience} leaves no candidate; use 1.0 or more")
+
+
+@dataclass(frozen=True)
+class DecodingResult:
+    """What was decoded in one window; probabilities are natural, log probabilities are means over tokens."""
+
+    audio_features: AudioFeatures  # [T, d] each
+    language: str
+    language_probs: dict[str, float] | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    avg_logprob: float = float("nan")
+    no_speech_prob: float = float("nan")
+    temperature: float = float("nan")
+    compression_ratio: float = float("nan")
+
+
+def language_code(language: str) -> str:
+    """The code of a language given by code or English name; OptionError with near names otherwise."""
+    name = language.lower()
+    if name in LANGUAGES:
+        return name
+    if name in TO_LANGUAGE_CODE:
+        return TO_LANGUAGE_CODE[name]
+    raise OptionError(f"unknown language {language!r}{near_names(name, [*LANGUAGES, *TO_LANGUAGE_CODE])}")
+
+
+def model_tokenizer(model: Whisper, language: str | None = None, task: str | None = None) -> Tokenizer:
+    """openai-whisper's tokenizer for this model; the language is ignored by English-only models."""
+    code = language_code(language) if language else None
+    if model.is_multilingual and code and list(LANGUAGES).index(code) >= model.num_languages:
+        raise OptionError(f"this model does not know {LANGUAGES[code]}; use a newer one, such as large-v3")
+    task = None if task == "lang_id" else task
+    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=code, task=task)
+
+
+# ---------------------------------------------------------------------------------------------------------- rules
+
+
+class Rules:
+    """Which tokens may come next, for all rows at once (OpenAI's suppression and timestamp rules)."""
+
+    def __init__(self, model: Whisper, tokenizer: Tokenizer, options: DecodingOptions):
+        self.blank = [*tokenizer.encode(" "), tokenizer.eot] if options.suppress_blank else []
+        never = suppressed_tokens(tokenizer, options.suppress_tokens)
+        self.timestamps = not options.without_timestamps
+        if self.timestamps:
+            never.append(tokenizer.no_timestamps)
+        self.never = torch.tensor(sorted(set(never)), dtype=torch.long, device=model.device)
+        self.eot, self.begin = tokenizer.eot, tokenizer.timestamp_begin
+        self.ids = torch.arange(self.begin, model.dims.n_vocab, device=model.device)
+        self.latest_start: int | None = None  # the last timestamp token allowed as the first one
+        if options.max_initial_timestamp:
+            precision = CHUNK_LENGTH / model.dims.n_audio_ctx
+            self.latest_start = self.begin + round(options.max_initial_timestamp / precision)
+
+    def apply(self, logits: Tensor, sampled: Tensor) -> None:
+        """Set the logits [R, V] of forbidden tokens to -inf, given those sampled so far [R, L]."""
+        if sampled.shape[1] == 0 and self.blank:
+            logits[:, self.blank] = NEVER
+        logits[:, self.never] = NEVER
+        if self.timestamps:
+            self._timestamps(logits, sampled)
+
+    def _timestamps(self, logits: Tensor, sampled: Tensor) -> None:
+        text, times = logits[:, : self.begin], logits[:, self.begin :]
+        n = sampled.shape[1]
+        if n == 0:  # the window starts with a timestamp, not too late
+            text.fill_(NEVER)
+            if self.latest_start is not None:
+                logits[:, self.latest_start + 1 :] = NEVER
+            return
+        after_time = sampled[:, -1:] >= self.begin
+        closed = sampled[:, -2:-1] >= self.begin if n > 1 else torch.ones_like(after_time)
+        # timestamps come in pairs, except before the end of text
+        times.masked_fill_(after_time & closed, NEVER)
+        logits[:, : self.eot].masked_fill_(after_time & ~closed, NEVER)
+        # they don't decrease, and a segment is not empty
+        last = sampled.amax(dim=1, keepdim=True)
+        times.masked_fill_(self.ids < last + 1 - (after_time & ~closed).long(), NEVER)
+        # a timestamp, if all timestamps together are likelier than any one text token
+        text.masked_fill_((times.logsumexp(dim=1) > text.amax(dim=1))[:, None], NEVER)
+
+
+def suppressed_tokens(tokenizer: Tokenizer, suppress: str | Iterable[int] | None) -> list[int]:
+    """The ids behind `suppress_tokens`, with the special ones that are never text."""
+    if isinstance(suppress, str):
+        try:
+            suppress = [int(token) for token in suppress.split(",") if token.strip()]
+        except ValueError:
+            raise OptionError(f"suppress_tokens is a comma-separated list of ids, not {suppress!r}") from None
+    ids = list(suppress or [])
+    if not ids:
+        return []
+    if -1 in ids:
+        ids = [token for token in ids if token >= 0] + list(tokenizer.non_speech_tokens)
+    ids += [tokenizer.transcribe, tokenizer.translate, tokenizer.sot, tokenizer.sot_prev, tokenizer.sot_lm]
+    return ids + ([] if tokenizer.no_speech is None else [tokenizer.no_speech])
+
+
+# --------------------------------------------------------------------------------------------------------- search
+
+
+class Search(Protocol):
+    """How the next tokens are chosen. `tokens` [R, L] is filled up to `length` and prefilled with <|endoftext|>."""
+
+    def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
+        """Write tokens[:, length]; returns one boolean on the device: whether every window is done."""
+
+    def candidates(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """-> token rows [B, N, L] and their summed log probabilities [B, N]; -inf marks rows not in use."""
+
+
+class Sampling:
+    """Greedy at temperature 0, independent samples above."""
+
+    def __init__(self, rows: int, group: int, temperature: float, eot: int, device: torch.device):
+        self.group, self.temperature, self.eot = group, temperature, eot
+        self.sum_logprobs = torch.zeros(rows, device=device)
+
+    def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
+        if self.temperature == 0:
+            chosen = logits.argmax(dim=-1)
+        else:
+            chosen = Categorical(logits=logits / self.temperature, validate_args=False).sample()
+        alive = tokens[:, length - 1] != self.eot
+        logprob = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
+        self.sum_logprobs += torch.where(alive, logprob, 0.0)
+        chosen = torch.where(alive, chosen, self.eot)
+        tokens[:, length] = chosen
+        return (chosen == self.eot).all()
+
+    def candidates(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens.unflatten(0, (-1, self.group)), self.sum_logprobs.view(-1, self.group)
+
+
+class BeamSearch:
+    """Beam search with patience; ends a window at round(beam_size * patience) finished candidates."""
+
+    def __init__(
+        self, windows: int, beams: int, patience: float | None, eot: int, max_length: int, device: torch.device
+    ):
+        self.windows, self.beams, self.eot = windows, beams, eot
+        self.wanted = round(beams * (patience or 1.0))
+        # the beams of a window start equal: only the first may branch
+        self.sum_logprobs = torch.full((windows, beams), NEVER, device=device)
+        self.sum_logprobs[:, 0] = 0.0
+        self.n_finished = torch.zeros(windows, 1, dtype=torch.long, device=device)
+        # one place more than is kept takes what is not
+        self.finished = torch.full((windows, self.wanted + 1, max_length), eot, dtype=torch.long, device=device)
+        self.finished_logprobs = torch.full((windows, self.wanted + 1), NEVER, device=device)
+        self.first_row = torch.arange(windows, device=device)[:, None] * beams
+
+    def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
+        open_ = self.n_finished < self.wanted  # [B, 1]; other windows stay as they are
+        # one candidate more than there are beams: at most one of a beam's ends
+        logprobs, ids = F.log_softmax(logits, dim=-1).topk(self.beams + 1, dim=-1)
+        scores = (self.sum_logprobs[:, :, None] + logprobs.view(self.windows, self.beams, -1)).flatten(1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)  # [B, beams * (beams + 1)]
+        ids = ids.view(self.windows, -1).gather(1, order)
+        rows = self.first_row + order // (self.beams + 1)
+        ends = ids == self.eot
+        rank = (~ends).long().cumsum(dim=1)  # of the candidates that go on
+        self._finish(tokens, length, scores, rows, ends & (rank < self.beams) & open_)
+        kept = (
+            ((~ends) & (rank <= self.beams)).long().sort(dim=1, descending=True, stable=True).indices[:, : self.beams]
+        )
+        stay = torch.arange(self.beams, device=tokens.device) + self.first_row
+        rows = torch.where(open_, rows.gather(1, kept), stay).flatten()
+        tokens[:, :length] = tokens[rows, :length]
+        tokens[:, length] = torch.where(open_, ids.gather(1, kept), self.eot).flatten()
+        self.sum_logprobs = torch.where(open_, scores.gather(1, kept), self.sum_logprobs)
+        cache.select(rows)
+        return (self.n_finished >= self.wanted).all()
+
+    def _finish(self, tokens: Tensor, length: int, scores: Tensor, rows: Tensor, ending: Tensor) -> None:
+        """Keep the ending candidates [B, C], best first, while there are places."""
+        candidates = ending.long().sort(dim=1, descending=True, stable=True).indices[:, : self.beams]
+        ending = ending.gather(1, candidates)  # no more than one ends a beam
+        place = self.n_finished + ending.long().cumsum(dim=1) - 1
+        place = torch.where(ending, place, self.wanted).clamp(max=self.wanted)
+        self.finished_logprobs.scatter_(1, place, scores.gather(1, candidates))
+        sequences = tokens[rows.gather(1, candidates)]
+        self.finished.scatter_(1, place[:, :, None].expand_as(sequences), sequences)
+        self.finished_logprobs[:, -1] = NEVER
+        self.n_finished = (self.n_finished + ending.sum(dim=1, keepdim=True)).clamp(max=self.wanted)
+
+    def candidates(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The finished ones, and where they are fewer than the beams, the best unfinished."""
+        best, order = self.sum_logprobs.sort(dim=1, descending=True, stable=True)
+        needed = torch.arange(self.beams, device=tokens.device) < self.beams - self.n_finished
+        unfinished = tokens[self.first_row + order]
+        rows = torch.cat([self.finished[:, :-1], unfinished], dim=1)
+        return rows, torch.cat([self.finished_logprobs[:, :-1], best.masked_fill(~needed, NEVER)], dim=1)
+
+
+def best_candidate(rows: list[list[int]], logprobs: list[float], length_penalty: float | None) -> int:
+    """The candidate with the highest log probability by length: its mean, or by Wu et al. 2016 (arXiv:1609.08144)."""
+
+    def score(i: int) -> float:
+        length = max(len(rows[i]), 1)
+        penalty = length if length_penalty is None else ((5 + length) / 6) ** length_penalty
+        return logprobs[i] / penalty
+
+    return max(range(len(rows)), key=score)
+
+
+# --------------------------------------------------------------------------------------------------------- decode
+
+
+def initial_tokens(model: Whisper, tokenizer: Tokenizer, options: DecodingOptions) -> list[int]:
+    """[<|startofprev|> prompt] <|startoftranscript|> [language, task] [<|notimestamps|>] [prefix]"""
+
+    def encoded(text: str | list[int]) -> list[int]:
+        return tokenizer.encode(" " + text.strip()) if isinstance(text, str) else list(text)
+
+    half = model.dims.n_text_ctx // 2
+    tokens = list(
+        tokenizer.sot_sequence_including_notimestamps if options.without_timestamps else tokenizer.sot_sequence
+    )
+    if options.prefix:
+        # the prefix and what is sampled share half of the text context
+        room = half - options.sample_len if options.sample_len else 0
+        tokens += encoded(options.prefix)[-room:]
+    if options.prompt:
+        tokens = [tokenizer.sot_prev, *encoded(options.prompt)[-(half - 1) :], *tokens]
+    return tokens
+
+
+def windows_features(model: Whisper, audio: Tensor | AudioFeatures) -> tuple[AudioFeatures, bool]:
+    """Encode a mel [.., n_mels, frames]; features are taken as they are. Also: was it a single window?"""
+    if isinstance(audio, AudioFeatures):
+        single = audio.primary.ndim == 2
+        return (AudioFeatures(*(x[None] for x in audio)) if single else audio), single
+    single = audio.ndim == 2
+    audio = (audio[None] if single else audio).to(model.device, model.dtype)
+    if audio.ndim != 3:
+        raise OptionError(f"a mel spectrogram has 2 or 3 dimensions, not {list(audio.shape)}")
+    if audio.shape[1:] == (model.dims.n_audio_ctx, model.dims.n_audio_state):  # encoded already
+        if model.encoder.mixture is not None:
+            raise OptionError("this model's decoder reads two memories; pass the AudioFeatures of model.encode(mel)")
+        return AudioFeatures(audio, audio), single
+    if audio.shape[1] != model.dims.n_mels:
+        raise OptionError(f"the model takes {model.dims.n_mels} mel channels, not {audio.shape[1]}")
+    if audio.shape[2] != 2 * model.dims.n_audio_ctx and not model.variable_audio_ctx:
+        raise OptionError(
+            f"the model takes {2 * model.dims.n_audio_ctx} frames (30 s; see pad_or_trim), not {audio.shape[2]}"
+        )
+    return model.encode(audio), single
+
+
+def _detect(model: Whisper, cache: KVCache, tokenizer: Tokenizer) -> tuple[Tensor, list[dict[str, float]]]:
+    """Language tokens [B] and probabilities of the windows in a fresh cache, which is fresh again afterwards."""
+    sot = torch.full((cache.rows, 1), tokenizer.sot, device=model.device)
+    logits = model.decoder(sot, cache=cache)[:, 0]
+    cache.length = 0
+    ids = torch.tensor(tokenizer.all_language_tokens, device=logits.device)
+    probs = logits[:, ids].softmax(dim=-1)
+    return ids[probs.argmax(dim=-1)], [dict(zip(tokenizer.all_language_codes, row)) for row in probs.tolist()]
+
+
+@torch.no_grad()
+def detect_language(
+    model: Whisper, mel: Tensor | AudioFeatures, tokenizer: Tokenizer | None = None
+) -> tuple[Tensor, dict[str, float] | list[dict[str, float]]]:
+    """The language spoken in each window: mel [n_mels, 3000] or [B, n_mels, 3000], or features.
+
+    Returns the language tokens [B] and, for each window, a dict from language code to probability (for a single
+    window the token [] and its dict). OptionError for English-only models, which have no language tokens.
+    """
+    if not model.is_multilingual:
+        raise OptionError("this model knows English only and can't detect languages; use a multilingual one")
+    features, single = windows_features(model, mel)
+    cache = KVCache(model.decoder, features, max_length=1)
+    tokens, probs = _detect(model, cache, tokenizer or model_tokenizer(model))
+    return (tokens[0], probs[0]) if single else (tokens, probs)
+
+
+@torch.no_grad()
+def decode(
+    model: Whisper, mel: Tensor | AudioFeatures, options: DecodingOptions | None = None, **kwargs: Any
+) -> DecodingResult | list[DecodingResult]:
+    """Decode windows of audio: mel [n_mels, 3000] or [B, n_mels, 3000], or the AudioFeatures of model.encode(mel).
+
+    Returns a DecodingResult, or a list of B of them. Keyword arguments override the options' fields. OptionError
+    where an option or the audio's shape can't be used.
+    """
+    features, single = windows_features(model, mel)
+    results = decode_windows(model, features, replace(options or DecodingOptions(), **kwargs))
+    return results[0] if single else results
+
+
+@torch.no_grad()
+def decode_windows(model: Whisper, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
+    """Decode encoded windows [B, T, d]; they share the options, and each may have its own detected language."""
+    tokenizer = model_tokenizer(model, options.language or "en", options.task)
+    first = initial_tokens(model, tokenizer, options)
+    n_ctx, windows = model.dims.n_text_ctx, len(features.primary)
+    if len(first) > n_ctx:
+        raise OptionError(f"prompt and prefix make {len(first)} tokens; the model's text context has {n_ctx}")
+    max_length = min(len(first) + (options.sample_len or n_ctx // 2), n_ctx + 1)
+    cache = KVCache(model.decoder, features, max_length - 1)
+
+    tokens = torch.full((windows, max_length), tokenizer.eot, device=model.device)
+    tokens[:, : len(first)] = torch.tensor(first, device=model.device)
+    sot_index = first.index(tokenizer.sot)
+    languages, language_probs = [language_code(options.language or "en")] * windows, None
+    if model.is_multilingual and (options.language is None or options.task == "lang_id"):
+        detected, language_probs = _detect(model, cache, tokenizer)
+        languages = [max(probs, key=probs.__getitem__) for probs in language_probs]
+        if options.language is None:
+            tokens[:, sot_index + 1] = detected
+    probs_of = language_probs or [None] * windows
+    each = [AudioFeatures(*window) for window in zip(features.primary, features.secondary)]
+    if options.task == "lang_id":
+        return [DecodingResult(*fields) for fields in zip(each, languages, probs_of)]
+
+    tokens, logprobs, no_speech = _generate(model, cache, tokens, sot_index, len(first), tokenizer, options)
+
+    results = []
+    for i in range(windows):
+        used = [j for j, logprob in enumerate(logprobs[i]) if logprob > NEVER] or [0]
+        rows = [trimmed(tokens[i, j, len(first) :].tolist(), tokenizer.eot) for j in used]
+        best = best_candidate(rows, [logprobs[i][j] for j in used], options.length_penalty)
+        text = tokenizer.decode(rows[best]).strip()
+        results.append(
+            DecodingResult(
+                audio_features=each[i],
+                language=languages[i],
+                language_probs=probs_of[i],
+                tokens=rows[best],
+                text=text,
+                avg_logprob=logprobs[i][used[best]] / (len(rows[best]) + 1),
+                no_speech_prob=no_speech[i],
+                temperature=options.temperature,
+                compression_ratio=compression_ratio(text),
+            )
+        )
+    return results
+
+
+def _generate(
+    model: Whisper,
+    cache: KVCache,
+    tokens: Tensor,
+    sot_index: int,
+    begin: int,
+    tokenizer: Tokenizer,
+    options: DecodingOptions,
+) -> tuple[Tensor, list[list[float]], list[float]]:
+    """Continue tokens [B, L], of which `begin` are given.
+
+    Returns the candidates [B, N, L], their summed log probabilities, and each window's no-speech probability, which
+    is <|nospeech|>'s at <|startoftranscript|>.
+    """
+    windows, max_length = tokens.shape
+    group = options.beam_size or options.best_of or 1
+    rules = Rules(model, tokenizer, options)
+    search: Search
+    if options.beam_size:
+        search = BeamSearch(windows, group, options.patience, tokenizer.eot, max_length, model.device)
+    else:
+        search = Sampling(windows * group, group, options.temperature, tokenizer.eot, model.device)
+
+    at_sot, logits = model.decoder(tokens[:, :begin], cache=cache, positions=[sot_index, begin - 1]).unbind(dim=1)
+    no_speech = [float("nan")] * windows
+    if tokenizer.no_speech is not None:
+        no_speech = at_sot.softmax(dim=-1)[:, tokenizer.no_speech].tolist()
+    if group > 1:
+        cache.repeat(group)
+        tokens, logits = tokens.repeat_interleave(group, dim=0), logits.repeat_interleave(group, dim=0)
+
+    for length in range(begin, max_length):
+        rules.apply(logits, tokens[:, begin:length])
+        done = search.step(tokens, length, logits, cache)
+        if length + 1 == max_length or bool(done):
+            break
+        logits = model.decoder(tokens[:, length : length + 1], cache=cache)[:, 0]
+
+    tokens, logprobs = search.candidates(tokens)
+    return tokens, logprobs.tolist(), no_speech
+
+
+def trimmed(tokens: list[int], eot: int) -> list[int]:
+    """The tokens before <|endoftext|>."""
+    return tokens[: tokens.index(eot)] if eot in tokens else tokens
