@@ -36,8 +36,10 @@ SPEEDS = (0.9, 0.95, 1.05, 1.1)
 KINDS = ("real", "babble", "white", "pink", "brown")
 COLOURS = {"white": 0.0, "pink": 1.0, "brown": 2.0}
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
-AUDIO_SUFFIXES = (".wav", ".flac", ".opus", ".ogg", ".oga", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".mp4", ".aif")
-AUDIO_SUFFIXES += (".aiff", ".au", ".sph", ".amr")
+AUDIO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in "aac aif aiff amr au flac m4a mp3 mp4 oga ogg opus sph wav webm wma".split()  # noqa: SIM905
+)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
 
 
 def audio_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The audio files of a manifest, of a folder (of its manifest.jsonl if it has one; else all, sorted), or one file."""
+    """The audio files of a manifest, of a folder (of its manifest.jsonl, else all in it, sorted), or one file."""
     path = Path(source)
     if path.is_dir() and (path / "manifest.jsonl").is_file():
         path = path / "manifest.jsonl"

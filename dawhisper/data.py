@@ -1,0 +1,914 @@
+"""Training data: manifests and tar shards -> batches of audio with Whisper's target tokens, on the device.
+
+A manifest is a JSONL file, one utterance a line: "audio" (a path relative to the manifest), "duration" in seconds, and
+where known "text", "language", "speaker", "source", "start"/"end" (a part of the file), "teacher_text" and
+"teacher_language" (what a Whisper hears in the clean clip). A shard is a tar of audio files, each followed by a .json
+of the same keys; a manifest may point into shards by "offset" and "size".
+
+The order of the samples is one endless stream that depends only on the seed and the manifests: position p belongs to
+epoch p // N. A run's place in it is one number, so it can be resumed bit for bit, and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from difflib import SequenceMatcher
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, load_audio
+from .errors import DataError, DawhisperError, OptionError
+from .noise import to_int16
+
+MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
+PAD_SAMPLES = SAMPLE_RATE // 2  # batches are padded to whole half seconds: few shapes, and fast FFTs
+PAD_TOKENS = 8
+IGNORE = -100  # a label without loss
+POOL_BLOCKS = 32  # global batches that are sorted by length together
+NO_SPACE_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})  # written without spaces between words
+TEXT_STYLES = ("keep", "lower", "teacher")
+SHARD_INDEX = "shards.jsonl"
+
+
+# ---- manifests ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a manifest."""
+
+    audio: str  # path of the audio file, or of the shard it lies in
+    text: str | None = None
+    duration: float = 0.0  # seconds
+    language: str | None = None
+    speaker: str | None = None
+    start: float | None = None  # seconds into the file
+    end: float | None = None
+    source: str | None = None
+    teacher_text: str | None = None
+    teacher_language: str | None = None
+    offset: int | None = None  # bytes into the shard
+    size: int | None = None  # bytes
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report."""
+        if self.offset is not None:
+            return f"{self.audio}@{self.offset}"
+        return self.audio if self.start is None else f"{self.audio}[{self.start:g}-{self.end or 0:g}]"
+
+
+class Report:
+    """What was skipped, and why: each thing once, however often it was met."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, str] = {}
+
+    def add(self, what: str, why: str) -> None:
+        self.items.setdefault(what, why)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.items.items())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many things for each kind of reason (the words before the first colon), most frequent first."""
+        return dict(Counter(why.split(":")[0] for why in self.items.values()).most_common())
+
+    def __str__(self) -> str:
+        if not self.items:
+            return "nothing skipped"
+        return f"{len(self)} skipped: " + ", ".join(f"{count} {why}" for why, count in self.counts.items())
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """One JSON object a line: {"what": ..., "why": ...}; the file is replaced whole."""
+        lines = [json.dumps({"what": what, "why": why}, ensure_ascii=False) for what, why in self]
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        temporary.replace(path)
+
+
+def read_manifest(path: str | os.PathLike[str], report: Report | None = None) -> list[Utterance]:
+    """The utterances of a manifest, of a folder with a manifest.jsonl, shards.jsonl or tars, or of one tar shard.
+
+    Lines that can't be used go to the report. Raises DataError when there is no such file or nothing is left.
+    """
+    path, report = Path(path), Report() if report is None else report
+    if path.is_dir():
+        named = [path / name for name in ("manifest.jsonl", SHARD_INDEX) if (path / name).is_file()]
+        parts = named[:1] or sorted(path.glob("*.tar"))
+        if not parts:
+            raise DataError(f"{path} has no manifest.jsonl, no {SHARD_INDEX} and no .tar: make one, dawhisper prepare")
+        utterances = [u for part in parts for u in _read_file(part, report)]
+    elif path.is_file():
+        utterances = _read_file(path, report)
+    else:
+        raise DataError(f"no such manifest: {path}; make one with dawhisper prepare")
+    if not utterances:
+        raise DataError(f"{path} is empty" + (f" ({report})" if len(report) else "") + ": nothing to train on")
+    return utterances
+
+
+def _read_file(path: Path, report: Report) -> list[Utterance]:
+    if path.suffix == ".tar":
+        return list(_read_tar(path, report))
+    utterances = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    utterances.append(_utterance(json.loads(line), path.parent))
+                except (ValueError, TypeError) as error:
+                    report.add(f"{path}:{number}", f"not a manifest line: {error}")
+    return utterances
+
+
+_FIELD_TYPES: dict[str, type] = {
+    **{f.name: str for f in fields(Utterance)},
+    **dict.fromkeys(("duration", "start", "end"), float),
+    **dict.fromkeys(("offset", "size"), int),
+}
+
+
+def _utterance(line: Any, folder: Path) -> Utterance:
+    if not isinstance(line, dict) or not isinstance(line.get("audio"), str):
+        raise ValueError('no "audio"')
+    known = {key: kind(line[key]) for key, kind in _FIELD_TYPES.items() if line.get(key) is not None}
+    known["audio"] = os.path.normpath(folder / known["audio"])
+    return Utterance(**known)
+
+
+def _read_tar(path: Path, report: Report) -> Iterator[Utterance]:
+    """The utterances of a shard, by its own .json members; what stands before a damaged place is kept."""
+    places: dict[str, tuple[int, int]] = {}  # key -> offset and size of an audio file whose .json has not come yet
+    lines: dict[str, Any] = {}  # the other way round
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                key, _, suffix = member.name.rpartition(".")
+                if suffix == "json":
+                    file = tar.extractfile(member)
+                    lines[key] = json.loads(file.read()) if file else {}
+                elif member.offset_data + member.size > size:
+                    raise tarfile.ReadError("cut off")
+                else:
+                    places[key] = (member.offset_data, member.size)
+                if key in lines and key in places:
+                    offset, n_bytes = places.pop(key)
+                    place = {"audio": path.name, "offset": offset, "size": n_bytes}
+                    yield _utterance({**lines.pop(key), **place}, path.parent)
+    except (tarfile.TarError, ValueError, TypeError, OSError, EOFError) as error:
+        report.add(str(path), f"damaged shard: {error}")
+    for key in places:
+        report.add(f"{path}/{key}", "no .json beside it in the shard")
+
+
+# ---- audio --------------------------------------------------------------------------------------------------------
+
+
+def read_audio(utterance: Utterance) -> np.ndarray:
+    """Decode an utterance to int16 [n] at 16 kHz. Raises DataError (one line that says why) when it can't be used."""
+    u = utterance
+    try:
+        source: Any = u.audio if u.offset is None else _read_member(u)
+        audio = load_audio(source, start=u.start or 0.0, end=u.end)
+    except DawhisperError as error:
+        kind = "missing file" if not Path(u.audio).exists() else "does not decode"
+        raise DataError(f"{kind}: {error}") from None
+    except Exception as error:  # a decoder may raise anything on a damaged file, and a run must go on
+        raise DataError(f"does not decode: {type(error).__name__}: {error}") from None
+    check_audio(audio, u)
+    return to_int16(audio)
+
+
+def check_audio(audio: np.ndarray, utterance: Utterance) -> None:
+    """Raise DataError for audio [n] float that can't be trained on."""
+    seconds = len(audio) / SAMPLE_RATE
+    if not np.isfinite(audio).all():
+        raise DataError("NaN audio: not a number in the samples")
+    if seconds > MAX_SECONDS:
+        raise DataError(f"longer than {MAX_SECONDS:g} s: {seconds:.1f} s")
+    if seconds < MIN_SECONDS:
+        raise DataError(f"shorter than {MIN_SECONDS:g} s: {seconds:.2f} s")
+    if seconds < 0.9 * utterance.duration - 0.5:
+        raise DataError(f"cut off: {seconds:.1f} s of the {utterance.duration:.1f} s in the manifest")
+    peak = np.abs(audio).max()
+    if peak == 0:
+        raise DataError("silent: every sample is zero")
+    # The decoder turns NaN of a float file into the lowest 16-bit value: a stretch of those is no sound.
+    if peak >= 1 and (audio == audio.min()).sum() > max(0.01 * len(audio), SAMPLE_RATE // 100) and audio.min() == -1:
+        raise DataError("NaN audio: or clipped throughout")
+
+
+def _read_member(u: Utterance) -> io.BytesIO:
+    try:
+        with Path(u.audio).open("rb") as file:
+            file.seek(u.offset or 0)
+            data = file.read(u.size or 0)
+    except OSError as error:
+        raise DataError(str(error.strerror or error)) from None
+    if len(data) != u.size or not data:
+        raise DataError("the shard is cut off")
+    return io.BytesIO(data)
+
+
+# ---- targets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How text becomes decoder targets; the first three are the model's.
+
+    text_style: "keep"; "lower"; "teacher": the spelling (case, punctuation) of teacher_text where it agrees with the
+        text after Whisper's normalisation, otherwise the text, lower-cased if it is all upper case.
+    labels: "text" takes teacher_text only where there is no usable text; "teacher" always takes teacher_text.
+    timestamps: share of the targets with time stamps. prompt: share that has the previous text as a prompt.
+    language: for utterances that don't say theirs. task: "transcribe" or "translate".
+    require_text: leave out what would have no target; otherwise it is kept, without labels.
+    """
+
+    multilingual: bool = True
+    num_languages: int = 99
+    n_text_ctx: int = 448
+    text_style: str = "keep"
+    labels: str = "text"
+    timestamps: float = 0.5
+    prompt: float = 0.2
+    language: str | None = None
+    task: str = "transcribe"
+    require_text: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("text_style", TEXT_STYLES),
+            ("labels", ("text", "teacher")),
+            ("task", ("transcribe", "translate")),
+        ):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("timestamps", "prompt"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} is a share between 0 and 1, not {getattr(self, name)}")
+        if self.language is not None and whisper_language(self.language, self.num_languages) is None:
+            raise OptionError(f"Whisper does not know the language {self.language!r}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One utterance's decoder input and labels (lists of the same length), and the places of its prefix."""
+
+    tokens: list[int]
+    labels: list[int]
+    sot: int  # index of <|startoftranscript|> in tokens
+    begin: int  # index of the last token before the text: <|notimestamps|> or <|0.00|>
+    has_text: bool
+
+
+def whisper_language(code: str | None, num_languages: int = 99) -> str | None:
+    """Whisper's code for a language tag or English name ("zh-CN", "Azerbaijani"); None where Whisper has none."""
+    from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+
+    known = list(LANGUAGES)[:num_languages]
+    name = (code or "").strip().lower().replace("_", "-")
+    if name in ("zh-hk", "yue") and "yue" in known:
+        return "yue"
+    for candidate in (name, TO_LANGUAGE_CODE.get(name, ""), name.split("-")[0]):
+        if candidate in known:
+            return candidate
+    return None
+
+
+class Targets:
+    """Makes targets as Whisper was trained: prompt, language and task tokens, text with or without time stamps."""
+
+    def __init__(self, options: TargetOptions):
+        self.options = options
+        self.tokenizer = _tokenizer(options.multilingual, options.num_languages, "en", options.task)
+
+    def choose(self, u: Utterance) -> tuple[str, str, bool] | None:
+        """(text, Whisper's language, does it come from a transcript); None when there is nothing to learn from."""
+        o = self.options
+        language = self._language(u.language) or (self._language(o.language) if u.language is None else None)
+        if o.labels == "text" and u.text and u.text.strip() and language:
+            return styled_text(u, o.text_style, language), language, True
+        heard = self._language(u.teacher_language) or language
+        if u.teacher_text and u.teacher_text.strip() and heard:
+            return u.teacher_text.strip(), heard, False
+        return None
+
+    def __call__(
+        self, u: Utterance, n_samples: int, rng: np.random.Generator, previous: Utterance | None = None
+    ) -> Target:
+        """The target of a clip of n_samples. Raises DataError when the text is too long for the decoder."""
+        o, tokenizer = self.options, self.tokenizer
+        draw_time, draw_prompt = rng.random(2)  # both are always drawn: one option does not change the other's draws
+        stamped = bool(draw_time < o.timestamps)
+        chosen = self.choose(u)
+        language = chosen[1] if chosen else (self._language(u.language) or self._language(o.language) or "en")
+        prefix = list(_tokenizer(o.multilingual, o.num_languages, language, o.task).sot_sequence)
+        prefix.append(tokenizer.timestamp_begin if stamped else tokenizer.no_timestamps)
+        if chosen is None:
+            return Target(prefix, [IGNORE] * len(prefix), 0, len(prefix) - 1, False)
+        body = self.encode(chosen[0], language)
+        if stamped:
+            body.append(tokenizer.timestamp_begin + round(n_samples / N_SAMPLES_PER_TOKEN))
+        body.append(tokenizer.eot)
+        room = o.n_text_ctx + 1 - len(prefix) - len(body)
+        if room < 0:
+            raise DataError(f"text too long: {len(body)} tokens, the decoder takes {o.n_text_ctx}")
+        prompt: list[int] = []
+        before = self.choose(previous) if previous is not None and draw_prompt < o.prompt else None
+        if before is not None and room > 1:
+            prompt = self.encode(before[0], before[1])[-min(room - 1, o.n_text_ctx // 2 - 1) :]
+            prompt.insert(0, tokenizer.sot_prev)
+        full = prompt + prefix + body
+        labels = [IGNORE] * len(prompt) + full[len(prompt) + 1 :]
+        return Target(full[:-1], labels, len(prompt), len(prompt) + len(prefix) - 1, chosen[2])
+
+    def encode(self, text: str, language: str) -> list[int]:
+        """Text -> token ids, with the leading space that Whisper's texts have."""
+        space = "" if language in NO_SPACE_LANGUAGES else " "
+        return self.tokenizer.encode(space + text.strip())
+
+    def _language(self, code: str | None) -> str | None:
+        known = whisper_language(code, self.options.num_languages)
+        if self.options.multilingual:
+            return known
+        return "en" if known == "en" or code is None else None  # an English-only model can't write the others
+
+
+@lru_cache(maxsize=256)
+def _tokenizer(multilingual: bool, num_languages: int, language: str, task: str) -> Any:
+    from whisper.tokenizer import get_tokenizer
+
+    if not multilingual:
+        return get_tokenizer(False)
+    return get_tokenizer(True, num_languages=num_languages, language=language, task=task)
+
+
+def styled_text(u: Utterance, style: str, language: str) -> str:
+    """The utterance's text in one of TEXT_STYLES."""
+    text = (u.text or "").strip()
+    if style == "keep":
+        return text
+    plain = lower(text, language) if style == "lower" or text == text.upper() else text
+    if style == "lower" or not u.teacher_text:
+        return plain
+    normalise = _normaliser(language == "en")
+    if normalise(text) == normalise(u.teacher_text):
+        return u.teacher_text.strip()
+    return _merge_spelling(plain.split(), u.teacher_text.split(), language == "en")
+
+
+def lower(text: str, language: str) -> str:
+    """Lower case; Turkish and Azerbaijani tell the dotted from the dotless i."""
+    if language in ("tr", "az"):
+        text = text.replace("İ", "i").replace("I", "ı")
+    return text.lower()
+
+
+def _merge_spelling(words: list[str], teacher: list[str], english: bool) -> str:
+    """The words, each spelt as the teacher does where the two agree after normalisation."""
+    keys = [[_normal_word(w, english) for w in side] for side in (words, teacher)]
+    out = list(words)
+    for i, j, n in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks():
+        out[i : i + n] = teacher[j : j + n]
+    return " ".join(out)
+
+
+@lru_cache(maxsize=2)
+def _normaliser(english: bool) -> Any:
+    from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+
+    return EnglishTextNormalizer() if english else BasicTextNormalizer()
+
+
+@lru_cache(maxsize=50_000)
+def _normal_word(word: str, english: bool) -> str:
+    return _normaliser(english)(word).strip()
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """A training batch on the device."""
+
+    audio: Tensor  # [B, S] float32, zero from lengths on; S is a whole number of half seconds
+    lengths: Tensor  # [B] int64 samples
+    tokens: Tensor  # [B, n] int64 decoder input, padded with <|endoftext|>
+    labels: Tensor  # [B, n] int64 what the decoder should say next; -100 = no loss
+    has_text: Tensor  # [B] bool: the labels come from a transcript; False: from the teacher, or there are none
+    utterances: list[Utterance]
+    sot: Tensor  # [B] int64 index of <|startoftranscript|>: 0, or what follows the prompt
+    begin: Tensor  # [B] int64 index of the last token before the text
+    eot: int
+    no_speech: int
+    timestamp_begin: int
+    position: int  # place of the global batch's first sample in the stream
+
+    def retimed(self, lengths: Tensor) -> Batch:
+        """The same batch with the end time stamps of clips that are now `lengths` [B] samples long (a new speed)."""
+        stamp = (self.timestamp_begin + (lengths / N_SAMPLES_PER_TOKEN).round().long().clamp(max=1500))[:, None]
+        tokens = torch.where(self.tokens > self.timestamp_begin, stamp, self.tokens)
+        labels = torch.where(self.labels > self.timestamp_begin, stamp, self.labels)
+        return replace(self, lengths=lengths, tokens=tokens, labels=labels)
+
+
+def silence_targets(batch: Batch, mask: Tensor) -> Batch:
+    """Give the clips of `mask` [B] (bool, on the device) the target of a window without speech.
+
+    <|nospeech|> is what follows <|startoftranscript|>, as in Whisper's own training; and once language, task and
+    time stamp mode are given all the same (decoding always does), <|endoftext|> follows: an empty text.
+    """
+    place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+    sot, begin, silent = batch.sot[:, None], batch.begin[:, None], mask[:, None]
+    tokens = torch.where(silent & (place > begin), batch.eot, batch.tokens)
+    # The label just before `begin` (which time stamp mode) stays as it is; language and task have no right answer.
+    labels = torch.where(silent & ~((place == begin - 1) & (place > sot)), IGNORE, batch.labels)
+    labels = torch.where(silent & (place == begin), batch.eot, labels)
+    labels = torch.where(silent & (place == sot), batch.no_speech, labels)
+    return replace(batch, tokens=tokens, labels=labels, has_text=batch.has_text | mask)
+
+
+# ---- order --------------------------------------------------------------------------------------------------------
+
+
+class Order:
+    """The endless stream of sample indices. Runs of `block` samples (a global batch) have similar lengths.
+
+    Each epoch is a new permutation; pools of POOL_BLOCKS blocks are sorted by duration, cut into blocks, and these are
+    shuffled. Blocks keep in step with the global batches across epochs, so that only one batch an epoch is mixed.
+    """
+
+    def __init__(
+        self, durations: Sequence[float] | np.ndarray, seed: int, block: int, shuffle: bool = True, bucket: bool = True
+    ):
+        self.durations = np.asarray(durations, dtype=np.float64)
+        self.seed, self.block, self.shuffle, self.bucket = seed, block, shuffle, bucket
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The indices of one epoch, in order. -> int64 [N]"""
+        if self._epoch[0] != number:
+            self._epoch = (number, self._arrange(number))
+        return self._epoch[1]
+
+    def take(self, position: int, count: int) -> list[int]:
+        """The `count` indices from a position of the stream on."""
+        out: list[int] = []
+        while len(out) < count:
+            number, start = divmod(position + len(out), len(self))
+            out.extend(self.epoch(number)[start : start + count - len(out)].tolist())
+        return out
+
+    def _arrange(self, number: int) -> np.ndarray:
+        n = len(self)
+        if not self.shuffle:
+            return np.arange(n)
+        rng = np.random.default_rng([self.seed, number])
+        order = rng.permutation(n)
+        if not self.bucket:
+            return order
+        head = min(-number * n % self.block, n)  # completes the batch that the last epoch began
+        first, rest = order[:head], order[head:]
+        blocks: list[np.ndarray] = []
+        for start in range(0, len(rest), self.block * POOL_BLOCKS):
+            pool = rest[start : start + self.block * POOL_BLOCKS]
+            pool = pool[np.argsort(self.durations[pool], kind="stable")]
+            left = len(pool) % self.block  # of the last pool: these end the epoch, in no particular place by length
+            tail, pool = (pool[:0], pool) if left == 0 else _split_random(pool, left, rng)
+            blocks.extend(rng.permutation(b) for b in np.split(pool, len(pool) // self.block) if len(b))
+            rest_tail = tail
+        shuffled = [blocks[i] for i in rng.permutation(len(blocks))]
+        return np.concatenate([first, *shuffled, rest_tail if len(rest) else rest])
+
+
+def _split_random(pool: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Take `count` random elements out of the pool. -> (those, the others in their order)"""
+    taken = np.zeros(len(pool), bool)
+    taken[rng.permutation(len(pool))[:count]] = True
+    return pool[taken], pool[~taken]
+
+
+# ---- the loader ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Item:
+    utterance: Utterance
+    previous: Utterance | None
+    seed: tuple[int, int]  # of this sample's draws: (seed, position)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a worker is asked for: a batch, and what may stand in for items that turn out to be bad."""
+
+    items: list[_Item]
+    spares: list[_Item]
+    position: int
+
+
+class _Reader(Dataset[dict[str, Any]]):
+    """Runs in the workers: a plan -> a batch on the CPU, audio as int16. Never raises for bad data."""
+
+    def __init__(self, options: TargetOptions):
+        self.options = options
+        self.targets: Targets | None = None
+
+    def __getitem__(self, plan: _Plan) -> dict[str, Any]:
+        if self.targets is None:  # made in the worker: a tokenizer does not travel between processes
+            self.targets = Targets(self.options)
+        good: list[tuple[_Item, np.ndarray, Target]] = []
+        bad: list[tuple[str, str]] = []
+        spares = list(plan.spares)
+        for item in plan.items:
+            candidate: _Item | None = item
+            while candidate is not None:
+                try:
+                    audio = read_audio(candidate.utterance)
+                    good.append((candidate, audio, self._target(candidate, len(audio))))
+                    break
+                except DataError as error:
+                    bad.append((candidate.utterance.name, str(error)))
+                candidate = replace(spares.pop(0), seed=item.seed) if spares else None
+        if not good:
+            return {"bad": bad}
+        for k in range(len(plan.items) - len(good)):  # no spare was good: repeat some, so that the batch keeps its size
+            good.append(good[k])
+        lengths = [len(audio) for _, audio, _ in good]
+        audio16 = torch.zeros(len(good), padded_samples(max(lengths)), dtype=torch.int16)
+        for row, (_, audio, _) in zip(audio16, good):
+            row[: len(audio)] = torch.from_numpy(audio)
+        return {
+            "audio": audio16,
+            "lengths": torch.tensor(lengths),
+            **collate_targets([target for _, _, target in good], self.targets.tokenizer.eot, self.options.n_text_ctx),
+            "utterances": [item.utterance for item, _, _ in good],
+            "position": plan.position,
+            "bad": bad,
+        }
+
+    def _target(self, item: _Item, n_samples: int) -> Target:
+        assert self.targets is not None
+        return self.targets(item.utterance, n_samples, np.random.default_rng(item.seed), item.previous)
+
+
+def padded_samples(n_samples: int) -> int:
+    return -(-n_samples // PAD_SAMPLES) * PAD_SAMPLES
+
+
+def collate_targets(targets: Sequence[Target], eot: int, n_text_ctx: int) -> dict[str, Tensor]:
+    """Pad targets to one length, a multiple of 8 where the decoder's context allows."""
+    longest = max(len(t.tokens) for t in targets)
+    width = max(longest, min(-(-longest // PAD_TOKENS) * PAD_TOKENS, n_text_ctx))
+    return {
+        "tokens": torch.tensor([t.tokens + [eot] * (width - len(t.tokens)) for t in targets]),
+        "labels": torch.tensor([t.labels + [IGNORE] * (width - len(t.labels)) for t in targets]),
+        "has_text": torch.tensor([t.has_text for t in targets]),
+        "sot": torch.tensor([t.sot for t in targets]),
+        "begin": torch.tensor([t.begin for t in targets]),
+    }
+
+
+class Loader:
+    """An endless iterable of `Batch`. Make it with `make_loader`.
+
+    `position` counts global samples (those of all ranks) handed out so far; `epoch` follows from it. `report` names
+    what was skipped; the workers' findings arrive with their batches. Break out of a loop over it, or let it end with
+    an exception, and its workers end too.
+    """
+
+    def __init__(
+        self,
+        utterances: list[Utterance],
+        targets: TargetOptions,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        device: torch.device,
+        prefetch: int,
+        shuffle: bool,
+        bucket: bool,
+        report: Report,
+    ):
+        self.utterances, self.targets, self.report = utterances, targets, report
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.workers, self.prefetch, self.device = workers, prefetch, device
+        self.position = 0
+        durations = [u.duration for u in utterances]
+        self.order = Order(durations, seed, batch_size * world_size, shuffle, bucket)
+        self._by_length = np.argsort(durations, kind="stable")
+        self._place = np.empty_like(self._by_length)  # utterance -> its place in _by_length
+        self._place[self._by_length] = np.arange(len(utterances))
+        tokenizer = Targets(targets).tokenizer
+        self._special = {
+            "eot": tokenizer.eot,
+            "no_speech": tokenizer.no_speech,
+            "timestamp_begin": tokenizer.timestamp_begin,
+        }
+
+    def __len__(self) -> int:
+        """Batches of one epoch, rounded up."""
+        return -(-len(self.utterances) // (self.batch_size * self.world_size))
+
+    @property
+    def epoch(self) -> int:
+        return self.position // len(self.utterances)
+
+    @property
+    def hours(self) -> float:
+        return sum(u.duration for u in self.utterances) / 3600
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "position": self.position,
+            "epoch": self.epoch,
+            "seed": self.order.seed,
+            "block": self.order.block,  # of the run that was begun: another number of ranks keeps its order
+            "samples": len(self.utterances),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another loader was. Takes effect with the next `iter`.
+
+        With other data than before the place in the stream means nothing: the epoch's beginning is taken.
+        """
+        self.order = Order(
+            self.order.durations, int(state["seed"]), int(state["block"]), self.order.shuffle, self.order.bucket
+        )
+        self.position = int(state["position"])
+        if state.get("samples", len(self.utterances)) != len(self.utterances):
+            warnings.warn("the training data has changed since the checkpoint: starting its epoch anew", stacklevel=2)
+            self.position = int(state["epoch"]) * len(self.utterances)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for data in self._batches():
+            for what, why in data["bad"]:
+                self.report.add(what, why)
+            if "audio" not in data:
+                what, why = data["bad"][0]
+                raise DataError(
+                    f"not one clip of a whole batch could be read, nor any near it; the first: {what}: {why}"
+                )
+            self.position = data["position"] + self.batch_size * self.world_size
+            yield self._to_device(data)
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        reader = _Reader(self.targets)
+        if self.workers == 0:
+            yield from (reader[plan] for plan in self._plans())
+            return
+        loader = DataLoader(
+            reader,
+            batch_size=None,  # a plan is a whole batch
+            sampler=self._plans(),  # type: ignore[arg-type]  # endless; drawn from as workers get free
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_start_worker,
+        )
+        batches = iter(loader)
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a data worker died ({error}): out of memory? lower workers or batch_size") from error
+        finally:
+            del batches  # ends the workers
+
+    def _plans(self) -> Iterator[_Plan]:
+        """This rank's share of each global batch, from the position on."""
+        position, count = self.position, self.batch_size
+        while True:
+            first = position + self.rank * count
+            indices = self.order.take(first, count)
+            items = [self._item(index, first + k) for k, index in enumerate(indices)]
+            spares = [self._item(index, first) for index in self._near(indices[0], set(indices))]
+            yield _Plan(items, spares, position)
+            position += count * self.world_size
+
+    def _item(self, index: int, position: int) -> _Item:
+        utterance = self.utterances[index]
+        previous = self.utterances[index - 1] if index and self.targets.prompt else None
+        if previous is not None and not follows(previous, utterance):
+            previous = None
+        return _Item(utterance, previous, (self.order.seed, position))
+
+    def _near(self, index: int, taken: set[int], count: int = 4) -> list[int]:
+        """Other utterances of about the same duration."""
+        place = int(self._place[index])
+        window = range(max(0, place - count - len(taken)), min(len(self.utterances), place + count + len(taken) + 1))
+        near = sorted((abs(p - place), int(self._by_length[p])) for p in window)
+        return [i for _, i in near if i not in taken][:count]
+
+    def _to_device(self, data: dict[str, Any]) -> Batch:
+        tensors: dict[str, Any] = {
+            key: value.to(self.device, non_blocking=True) for key, value in data.items() if isinstance(value, Tensor)
+        }
+        audio = tensors.pop("audio").float() / 32768
+        return Batch(audio=audio, utterances=data["utterances"], position=data["position"], **tensors, **self._special)
+
+
+class MemoryLoader(Loader):
+    """A Loader that holds all audio as int16 on the device: for small data; no workers, no waiting."""
+
+    def __init__(self, clips: Sequence[np.ndarray], **options: Any):
+        super().__init__(**options)
+        self._n_samples = [len(clip) for clip in clips]
+        lengths = torch.tensor(self._n_samples)
+        self._offsets = lengths.cumsum(0) - lengths
+        try:
+            self._audio = torch.from_numpy(np.concatenate(clips)).to(self.device)
+        except torch.OutOfMemoryError:
+            raise OptionError(
+                f"{self.hours:.1f} hours of audio do not fit on {self.device}: leave in_memory off"
+            ) from None
+        self._index = {id(u): i for i, u in enumerate(self.utterances)}
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        reader = _Reader(self.targets)
+        reader.targets = Targets(self.targets)
+        for plan in self._plans():
+            rows = [self._index[id(item.utterance)] for item in plan.items]
+            n_samples = [self._n_samples[row] for row in rows]
+            targets = [reader._target(item, n) for item, n in zip(plan.items, n_samples)]
+            lengths = torch.tensor(n_samples)
+            time = torch.arange(padded_samples(max(n_samples)), device=self.device)
+            length = lengths.to(self.device)[:, None]
+            position = self._offsets[rows].to(self.device)[:, None] + torch.minimum(time, length - 1)
+            yield {
+                "audio": self._audio[position] * (time < length),
+                "lengths": lengths,
+                **collate_targets(targets, self._special["eot"], self.targets.n_text_ctx),
+                "utterances": [item.utterance for item in plan.items],
+                "position": plan.position,
+                "bad": [],
+            }
+
+
+def follows(previous: Utterance, utterance: Utterance) -> bool:
+    """May the first one's text stand before the second's as a prompt: the same recording, or the same speaker?"""
+    if utterance.start is not None and previous.audio == utterance.audio and utterance.offset is None:
+        return previous.end is not None and previous.end <= utterance.start + 0.5
+    return (
+        utterance.speaker is not None
+        and (utterance.speaker, utterance.source, utterance.language)
+        == (previous.speaker, previous.source, previous.language)
+    )  # fmt: skip
+
+
+def make_loader(
+    manifests: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    targets: TargetOptions,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+    device: torch.device | str = "cpu",
+    in_memory: bool = False,
+    prefetch: int = 4,
+    shuffle: bool = True,
+    bucket: bool = True,
+) -> Loader:
+    """An endless loader of training batches; `batch_size` is per rank.
+
+    manifests: what `read_manifest` takes, one or several. workers: processes that decode; 0 decodes in this one.
+    in_memory: decode everything once and keep it on the device. prefetch: batches that each worker makes ahead.
+    Bad items are skipped and named in `loader.report`. Raises DataError at once when nothing usable is left.
+    """
+    if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
+        raise OptionError(f"batch_size {batch_size}, workers {workers}, rank {rank} of {world_size}: out of range")
+    report, usable, chooser = Report(), [], Targets(targets)
+    for manifest in [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests:
+        for utterance in _with_durations(read_manifest(manifest, report)):
+            why = _unusable(utterance, targets, chooser)
+            if why:
+                report.add(utterance.name, why)
+            else:
+                usable.append(utterance)
+    if not usable:
+        raise DataError(f"nothing to train on in {manifests}: {report}")
+    options: dict[str, Any] = {
+        "targets": targets,
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+        "workers": workers,
+        "device": torch.device(device),
+        "prefetch": prefetch,
+        "shuffle": shuffle,
+        "bucket": bucket,
+        "report": report,
+    }
+    if not in_memory:
+        return Loader(usable, **options)
+    clips, kept = _decode_all(usable, chooser, report)
+    if not kept:
+        raise DataError(f"nothing to train on in {manifests}: {report}")
+    return MemoryLoader(clips, utterances=kept, **options)
+
+
+def _unusable(u: Utterance, options: TargetOptions, chooser: Targets) -> str:
+    """Why an utterance can't be used, as far as its manifest line tells; empty when it can."""
+    if not u.duration > 0:
+        return "no duration: and the file does not tell it"
+    if u.duration > MAX_SECONDS + 0.05:
+        return f"longer than {MAX_SECONDS:g} s: {u.duration:.1f} s"
+    if u.duration < MIN_SECONDS:
+        return f"shorter than {MIN_SECONDS:g} s: {u.duration:.2f} s"
+    if options.require_text and chooser.choose(u) is None:
+        if u.text and u.text.strip():
+            return f"language unknown to the model: {u.language}"
+        return "empty text: and the run needs text"
+    return ""
+
+
+def _with_durations(utterances: list[Utterance]) -> list[Utterance]:
+    """Fill in the durations that a hand-made manifest leaves out, from the files' headers."""
+    missing = [i for i, u in enumerate(utterances) if not u.duration > 0]
+    if missing:
+        with ThreadPoolExecutor(8) as pool:
+            for i, seconds in zip(missing, pool.map(lambda i: _header_seconds(utterances[i]), missing)):
+                utterances[i] = replace(utterances[i], duration=seconds)
+    return utterances
+
+
+def _header_seconds(u: Utterance) -> float:
+    import av
+
+    if u.end is not None:
+        return u.end - (u.start or 0.0)
+    if u.offset is not None:
+        return 0.0
+    try:
+        with av.open(u.audio, metadata_errors="ignore") as container:
+            return max(0.0, (container.duration or 0) / av.time_base - (u.start or 0.0))
+    except (av.FFmpegError, OSError, ValueError):
+        return MIN_SECONDS  # let the loader find out and say what is wrong with it
+
+
+def _decode_all(
+    utterances: list[Utterance], targets: Targets, report: Report
+) -> tuple[list[np.ndarray], list[Utterance]]:
+    """Decode everything, in threads (PyAV frees the interpreter's lock while it decodes)."""
+    from tqdm import tqdm
+
+    def read(u: Utterance) -> tuple[np.ndarray | None, str]:
+        try:
+            audio = read_audio(u)
+            targets(u, len(audio), np.random.default_rng(0))
+            return audio, ""
+        except DataError as error:
+            return None, str(error)
+
+    clips, kept = [], []
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")
+        results = tqdm(pool.map(read, utterances), "decoding", len(utterances), unit="clip", leave=False, disable=None)
+        for u, (clip, why) in zip(utterances, results):
+            if clip is None:
+                report.add(u.name, why)
+            else:
+                clips.append(clip)
+                kept.append(u)
+    return clips, kept
+
+
+def _start_worker(number: int) -> None:
+    """Ctrl-C is the main process's affair, which then ends its workers; one thread each; damage goes to the report."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
