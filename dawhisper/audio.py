@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 
 
 def load_audio(
-    source: str | os.PathLike[str] | np.ndarray | Tensor,
+    source: str | os.PathLike[str] | BinaryIO | np.ndarray | Tensor,
     sr: int = SAMPLE_RATE,
     start: float = 0.0,
     end: float | None = None,
@@ -55,9 +55,9 @@ def load_audio(
 
     Parameters
     ----------
-    source: a file of any format that ffmpeg reads (audio, or a video's sound track), an address (http://...), or
-        samples that are at `sr` already: float in [-1, 1], or int16/int32/uint8; shape [n], or 2-D where the smaller
-        dimension is the channels
+    source: a file of any format that ffmpeg reads (audio, or a video's sound track), an address (http://...), an open
+        binary file, or samples that are at `sr` already: float in [-1, 1], or int16/int32/uint8; shape [n], or 2-D
+        where the smaller dimension is the channels
     sr: samples per second of the result
     start, end: the part to return, in seconds; far into a file this seeks, which some formats place to a millisecond
 
@@ -75,12 +75,17 @@ def load_audio(
         samples, name = _from_array(source), "the array"
         length = len(samples) / sr
         samples = samples[round(start * sr) : None if end is None else round(end * sr)]
-    else:
+    elif isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        samples, length = _decode(_checked_path(name), sr, start, end)
+        samples, length = _decode(_checked_path(name), name, sr, start, end)
+    else:
+        name = str(getattr(source, "name", "the open file"))
+        samples, length = _decode(source, name, sr, start, end)
     if len(samples) == 0:
         if length and start >= length:
             raise AudioError(f"{name}: the part starts at {start:g} s but the recording is {length:.1f} s long")
+        if length:
+            raise AudioError(f"{name}: no sample lies between {start:g} s and {end:g} s; take a longer part")
         raise AudioError(f"{name}: there are no sound samples in it; it may be damaged or cut off, try another copy")
     return samples
 
@@ -208,13 +213,12 @@ def _checked_path(name: str) -> str:
     return f"file:{name}"
 
 
-def _decode(path: str, sr: int, start: float, end: float | None) -> tuple[np.ndarray, float]:
+def _decode(file: str | BinaryIO, name: str, sr: int, start: float, end: float | None) -> tuple[np.ndarray, float]:
     """Decode the first audio stream -> (samples from `start` to `end`, seconds known to be there in all)."""
     import av
 
-    name = path.removeprefix("file:")
     try:
-        container = av.open(path, metadata_errors="ignore")
+        container = av.open(file, "r", metadata_errors="ignore")
     except av.FFmpegError as e:
         raise AudioError(_unreadable(name, e)) from e
     with container:
