@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,10 +216,15 @@ def _grouped(values: ArrayLike, clusters: Sequence[str] | None) -> Floats:
 
 def _resamples(n: int, samples: int, seed: int) -> Iterator[Floats]:
     """How often each of n units is drawn in each resampled corpus, [<= 4M / n, n] at a time."""
-    rng = np.random.default_rng(seed)
     rows = max(1, 4_000_000 // n)
-    for start in range(0, samples, rows):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(rows, samples - start)).astype(np.float64)
+    return (_resample(n, min(rows, samples - start), seed, start) for start in range(0, samples, rows))
+
+
+@lru_cache(maxsize=4)
+def _resample(n: int, rows: int, seed: int, start: int) -> Floats:
+    """Kept, as the conditions of an evaluation all have the same utterances."""
+    rng = np.random.default_rng([seed, start])
+    return rng.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.float64)
 
 
 def _rates(weights: Floats, errors: Floats, units: Floats) -> Floats:
