@@ -42,7 +42,6 @@ IGNORE = -100  # a label without loss
 POOL_BLOCKS = 32  # global batches that are sorted by length together
 NO_SPACE_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})  # written without spaces between words
 TEXT_STYLES = ("keep", "lower", "teacher")
-SHARD_INDEX = "shards.jsonl"
 
 
 # ---- manifests ----------------------------------------------------------------------------------------------------
@@ -107,21 +106,21 @@ class Report:
 
 
 def read_manifest(path: str | os.PathLike[str], report: Report | None = None) -> list[Utterance]:
-    """The utterances of a manifest, of a folder with a manifest.jsonl, shards.jsonl or tars, or of one tar shard.
+    """The utterances of a manifest, of a list of shards, of one tar shard, or of a folder: its manifest.jsonl, or tars.
 
     Lines that can't be used go to the report. Raises DataError when there is no such file or nothing is left.
     """
     path, report = Path(path), Report() if report is None else report
+    parts = [path]
     if path.is_dir():
-        named = [path / name for name in ("manifest.jsonl", SHARD_INDEX) if (path / name).is_file()]
-        parts = named[:1] or sorted(path.glob("*.tar"))
-        if not parts:
-            raise DataError(f"{path} has no manifest.jsonl, no {SHARD_INDEX} and no .tar: make one, dawhisper prepare")
-        utterances = [u for part in parts for u in _read_file(part, report)]
-    elif path.is_file():
-        utterances = _read_file(path, report)
-    else:
+        parts = [path / "manifest.jsonl"] if (path / "manifest.jsonl").is_file() else sorted(path.glob("*.tar"))
+        named = sorted(f.name for f in path.glob("*.jsonl") if not f.name.startswith("."))
+        if not parts or (named and parts[0].suffix == ".tar"):
+            hint = f"name one of its manifests: {', '.join(named)}" if named else "make one with dawhisper prepare"
+            raise DataError(f"{path} has no manifest.jsonl; {hint}")
+    elif not path.is_file():
         raise DataError(f"no such manifest: {path}; make one with dawhisper prepare")
+    utterances = [u for part in parts for u in _read_file(part, report)]
     if not utterances:
         raise DataError(f"{path} is empty" + (f" ({report})" if len(report) else "") + ": nothing to train on")
     return utterances
@@ -129,13 +128,17 @@ def read_manifest(path: str | os.PathLike[str], report: Report | None = None) ->
 
 def _read_file(path: Path, report: Report) -> list[Utterance]:
     if path.suffix == ".tar":
-        return list(_read_tar(path, report))
+        return read_shard(path, report)
     utterances = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    utterances.append(_utterance(json.loads(line), path.parent))
+                    values = json.loads(line)
+                    if isinstance(values, dict) and isinstance(values.get("shard"), str):
+                        utterances += read_shard(path.parent / values["shard"], report)
+                    else:
+                        utterances.append(_utterance(values, path.parent))
                 except (ValueError, TypeError) as error:
                     report.add(f"{path}:{number}", f"not a manifest line: {error}")
     return utterances
@@ -156,69 +159,84 @@ def _utterance(line: Any, folder: Path) -> Utterance:
     return Utterance(**known)
 
 
-def _read_tar(path: Path, report: Report) -> Iterator[Utterance]:
-    """The utterances of a shard, by its own .json members; what stands before a damaged place is kept."""
-    places: dict[str, tuple[int, int]] = {}  # key -> offset and size of an audio file whose .json has not come yet
-    lines: dict[str, Any] = {}  # the other way round
-    size = path.stat().st_size
+def read_shard(path: Path, report: Report) -> list[Utterance]:
+    """The utterances of a tar shard, by its own .json members; what stands before a damaged place is kept."""
+    places: dict[str, tuple[int, int]] = {}  # key -> offset and size of the audio
+    lines: dict[str, Any] = {}
     try:
         with tarfile.open(path, "r:") as tar:
+            end = path.stat().st_size
             for member in tar:
-                if not member.isfile():
-                    continue
                 key, _, suffix = member.name.rpartition(".")
+                if not member.isfile() or not key:
+                    continue
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError("cut off")
                 if suffix == "json":
                     file = tar.extractfile(member)
                     lines[key] = json.loads(file.read()) if file else {}
-                elif member.offset_data + member.size > size:
-                    raise tarfile.ReadError("cut off")
                 else:
                     places[key] = (member.offset_data, member.size)
-                if key in lines and key in places:
-                    offset, n_bytes = places.pop(key)
-                    place = {"audio": path.name, "offset": offset, "size": n_bytes}
-                    yield _utterance({**lines.pop(key), **place}, path.parent)
-    except (tarfile.TarError, ValueError, TypeError, OSError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
         report.add(str(path), f"damaged shard: {error}")
-    for key in places:
-        report.add(f"{path}/{key}", "no .json beside it in the shard")
+    utterances = []
+    for key, (offset, size) in places.items():
+        try:
+            place = {"audio": path.name, "offset": offset, "size": size}
+            utterances.append(_utterance({**lines[key], **place}, path.parent))
+        except (KeyError, ValueError, TypeError):
+            report.add(f"{path}/{key}", "no .json with its values beside it in the shard")
+    return utterances
 
 
 # ---- audio --------------------------------------------------------------------------------------------------------
 
 
 def read_audio(utterance: Utterance) -> np.ndarray:
-    """Decode an utterance to int16 [n] at 16 kHz. Raises DataError (one line that says why) when it can't be used."""
-    u = utterance
-    try:
-        source: Any = u.audio if u.offset is None else _read_member(u)
-        audio = load_audio(source, start=u.start or 0.0, end=u.end)
-    except DawhisperError as error:
-        kind = "missing file" if not Path(u.audio).exists() else "does not decode"
-        raise DataError(f"{kind}: {error}") from None
-    except Exception as error:  # a decoder may raise anything on a damaged file, and a run must go on
-        raise DataError(f"does not decode: {type(error).__name__}: {error}") from None
-    check_audio(audio, u)
-    return to_int16(audio)
-
-
-def check_audio(audio: np.ndarray, utterance: Utterance) -> None:
-    """Raise DataError for audio [n] float that can't be trained on."""
+    """Decode an utterance to train on -> int16 [n] at 16 kHz. Raises DataError (it says why) when it can't be used."""
+    audio = decode_audio(utterance)
     seconds = len(audio) / SAMPLE_RATE
-    if not np.isfinite(audio).all():
-        raise DataError("NaN audio: not a number in the samples")
     if seconds > MAX_SECONDS:
         raise DataError(f"longer than {MAX_SECONDS:g} s: {seconds:.1f} s")
     if seconds < MIN_SECONDS:
         raise DataError(f"shorter than {MIN_SECONDS:g} s: {seconds:.2f} s")
     if seconds < 0.9 * utterance.duration - 0.5:
         raise DataError(f"cut off: {seconds:.1f} s of the {utterance.duration:.1f} s in the manifest")
-    peak = np.abs(audio).max()
-    if peak == 0:
+    return audio
+
+
+def decode_audio(utterance: Utterance) -> np.ndarray:
+    """Decode an utterance of any length -> int16 [n] at 16 kHz. Raises DataError when it is no sound."""
+    u = utterance
+    if not Path(u.audio).is_file():
+        raise DataError("missing file: check the path in the manifest")
+    try:
+        audio = load_audio(_source(u), start=u.start or 0.0, end=u.end)
+        broken = audio.min() == -1.0 and _has_nan(u)
+    except DawhisperError as error:
+        raise DataError(f"does not decode: {error}") from None
+    except Exception as error:  # a decoder may raise anything on a damaged file, and a run must go on
+        raise DataError(f"does not decode: {type(error).__name__}: {error}") from None
+    if broken:
+        raise DataError("NaN audio: not a number in the samples")
+    if not audio.any():
         raise DataError("silent: every sample is zero")
-    # The decoder turns NaN of a float file into the lowest 16-bit value: a stretch of those is no sound.
-    if peak >= 1 and (audio == audio.min()).sum() > max(0.01 * len(audio), SAMPLE_RATE // 100) and audio.min() == -1:
-        raise DataError("NaN audio: or clipped throughout")
+    return to_int16(audio)
+
+
+def _has_nan(u: Utterance) -> bool:
+    """Is there NaN or infinity in a file of floats? Decoding turns these into the lowest value, -1."""
+    import av
+
+    with av.open(_source(u), "r", metadata_errors="ignore") as container:
+        stream = container.streams.audio[0]
+        if not stream.codec_context.name.startswith("pcm_f"):
+            return False
+        return not all(np.isfinite(frame.to_ndarray()).all() for frame in container.decode(stream))
+
+
+def _source(u: Utterance) -> str | io.BytesIO:
+    return u.audio if u.offset is None else _read_member(u)
 
 
 def _read_member(u: Utterance) -> io.BytesIO:
