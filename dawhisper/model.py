@@ -287,7 +287,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         d = dims.n_text_state
         self.token_embedding = nn.Embedding(dims.n_vocab, d)
-        self.positional_embedding = nn.Parameter(torch.randn(dims.n_text_ctx, d) * 0.01)
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(dims.n_text_ctx, d), std=0.01))
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
         self.ln = nn.LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
