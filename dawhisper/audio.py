@@ -85,7 +85,7 @@ def load_audio(
         if length and start >= length:
             raise AudioError(f"{name}: the part starts at {start:g} s but the recording is {length:.1f} s long")
         if length:
-            raise AudioError(f"{name}: no sample lies between {start:g} s and {end:g} s; take a longer part")
+            raise AudioError(f"{name}: no sample lies between {start} s and {end} s; take a longer part")
         raise AudioError(f"{name}: there are no sound samples in it; it may be damaged or cut off, try another copy")
     return samples
 
@@ -213,8 +213,10 @@ def _checked_path(name: str) -> str:
     return f"file:{name}"
 
 
-def _decode(file: str | BinaryIO, name: str, sr: int, start: float, end: float | None) -> tuple[np.ndarray, float]:
-    """Decode the first audio stream -> (samples from `start` to `end`, seconds known to be there in all)."""
+def _decode(
+    file: str | BinaryIO, name: str, sr: int, start: float, end: float | None, seek: bool = True
+) -> tuple[np.ndarray, float]:
+    """Decode the best audio stream -> (samples from `start` to `end`, seconds known to be there in all)."""
     import av
 
     try:
@@ -225,11 +227,12 @@ def _decode(file: str | BinaryIO, name: str, sr: int, start: float, end: float |
         if not container.streams.audio:
             raise AudioError(f"{name}: there is no sound in this file; name one with an audio track")
         stream = cast("AudioStream", container.streams.best("audio") or container.streams.audio[0])
-        try:
-            origin = _seek(container, stream, start) if start > SEEK_FROM else 0.0
-        except av.FFmpegError:
-            origin = 0.0
-        return _collect(container, stream, name, sr, start - origin, None if end is None else end - origin, origin)
+        origin = _seek(container, stream, start) if seek and start > SEEK_FROM else 0.0
+        if origin is not None:
+            return _collect(container, stream, name, sr, start - origin, None if end is None else end - origin, origin)
+    if not isinstance(file, str):
+        file.seek(0)
+    return _decode(file, name, sr, start, end, seek=False)
 
 
 def _collect(
@@ -293,20 +296,23 @@ def _blocks(
         yield from (f.to_ndarray()[0] for f in resampler.resample(None))
 
 
-def _seek(container: InputContainer, stream: AudioStream, start: float) -> float:
-    """Move shortly before `start`; returns the seconds from the recording's beginning to the next decoded frame."""
-    zero = _next_time(container, stream)
-    if zero is None or stream.time_base is None:
-        container.seek(0)
-        return 0.0
-    for target in (start - SEEK_MARGIN, 0.0):
-        offset = round((zero + target) / stream.time_base)
+def _seek(container: InputContainer, stream: AudioStream, start: float) -> float | None:
+    """Move shortly before `start` -> seconds from the beginning to the next frame; None where that cannot be done."""
+    import av
+
+    try:
+        zero = _next_time(container, stream)
+        if zero is None or stream.time_base is None:
+            return None
+        offset = round((zero + start - SEEK_MARGIN) / stream.time_base)
         container.seek(offset, stream=stream, backward=True)
         reached = _next_time(container, stream)
-        if reached is not None and reached - zero <= max(start - SEEK_MARGIN / 2, 0.0):
-            container.seek(offset, stream=stream, backward=True)
-            return max(reached - zero, 0.0)
-    raise AudioError("this file cannot be positioned")
+        if reached is None or not zero <= reached <= zero + start - SEEK_MARGIN / 2:
+            return None
+        container.seek(offset, stream=stream, backward=True)
+    except av.FFmpegError:
+        return None
+    return reached - zero
 
 
 def _next_time(container: InputContainer, stream: AudioStream) -> float | None:

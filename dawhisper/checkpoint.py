@@ -7,6 +7,7 @@ Tensors go one by one into a model that has no memory of its own, so weights are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -171,7 +172,8 @@ def save_model(
             f"{target}: cannot be written ({_line(e)}); choose another folder or free some space"
         ) from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none where all went well
+            part.unlink()
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -233,7 +235,8 @@ def _downloaded(name: str, root: str | os.PathLike[str] | None) -> Path:
             f"by other means and name the file itself as the model, for example /path/to/{file_name}"
         ) from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none where all went well
+            part.unlink()
     return target
 
 
@@ -375,16 +378,20 @@ def _unpickled(path: Path) -> Any:
     if head == b"PK" and not zipped:
         raise CheckpointError(f"{path}: the file is cut off; download or copy it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on files that are refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as e:
-        found = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)|global:? (\S+)", str(e))
+        found = re.search(r"GLOBAL (\S+)", str(e))
         if found:
-            wanted = next(group for group in found.groups() if group)
             raise CheckpointError(
-                f"{path}: refused, because reading this file would run code from it ({wanted}); get the model as "
+                f"{path}: refused, because reading this file would run code from it ({found[1]}); get the model as "
                 "safetensors, or save its tensors alone"
             ) from e
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged ({_line(e)}); download or copy it again") from e
+        raise CheckpointError(
+            f"{path}: not a checkpoint, or damaged (tensors and plain tables are read, never pickled code); "
+            "download or copy it again"
+        ) from e
     except Exception as e:  # torch.load fails in many ways on a file that is not one of its own
         raise CheckpointError(f"{path}: not a checkpoint, or damaged ({_line(e)}); download or copy it again") from e
 
