@@ -73,27 +73,27 @@ class Utterance:
 
 
 class Report:
-    """What was skipped, and why: each thing once, however often it was met."""
+    """What was skipped, and why: each thing once, however often it was met. Iterates as (what, why)."""
 
     def __init__(self) -> None:
-        self.items: dict[str, str] = {}
+        self._items: dict[tuple[str, str], None] = {}
 
     def add(self, what: str, why: str) -> None:
-        self.items.setdefault(what, why)
+        self._items[what, why] = None
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._items)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(self.items.items())
+        return iter(self._items)
 
     @property
     def counts(self) -> dict[str, int]:
         """How many things for each kind of reason (the words before the first colon), most frequent first."""
-        return dict(Counter(why.split(":")[0] for why in self.items.values()).most_common())
+        return dict(Counter(why.split(":")[0] for _, why in self).most_common())
 
     def __str__(self) -> str:
-        if not self.items:
+        if not self._items:
             return "nothing skipped"
         return f"{len(self)} skipped: " + ", ".join(f"{count} {why}" for why, count in self.counts.items())
 
@@ -514,24 +514,12 @@ class Order:
         if not self.bucket:
             return order
         head = min(-number * n % self.block, n)  # completes the batch that the last epoch began
-        first, rest = order[:head], order[head:]
+        end = n - (n - head) % self.block  # what is left over begins the next epoch's first batch
         blocks: list[np.ndarray] = []
-        for start in range(0, len(rest), self.block * POOL_BLOCKS):
-            pool = rest[start : start + self.block * POOL_BLOCKS]
+        for pool in np.split(order[head:end], range(self.block * POOL_BLOCKS, end - head, self.block * POOL_BLOCKS)):
             pool = pool[np.argsort(self.durations[pool], kind="stable")]
-            left = len(pool) % self.block  # of the last pool: these end the epoch, in no particular place by length
-            tail, pool = (pool[:0], pool) if left == 0 else _split_random(pool, left, rng)
-            blocks.extend(rng.permutation(b) for b in np.split(pool, len(pool) // self.block) if len(b))
-            rest_tail = tail
-        shuffled = [blocks[i] for i in rng.permutation(len(blocks))]
-        return np.concatenate([first, *shuffled, rest_tail if len(rest) else rest])
-
-
-def _split_random(pool: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Take `count` random elements out of the pool. -> (those, the others in their order)"""
-    taken = np.zeros(len(pool), bool)
-    taken[rng.permutation(len(pool))[:count]] = True
-    return pool[taken], pool[~taken]
+            blocks.extend(rng.permutation(block) for block in pool.reshape(-1, self.block))
+        return np.concatenate([order[:head], *(blocks[i] for i in rng.permutation(len(blocks))), order[end:]])
 
 
 # ---- the loader ---------------------------------------------------------------------------------------------------
