@@ -183,8 +183,10 @@ def _from_array(array: np.ndarray | Tensor) -> np.ndarray:
         samples = (array.astype(np.float64) - offset).astype(np.float32) / np.float32(scales[array.dtype.name])
     else:
         raise AudioError(f"the array has type {array.dtype}: give float samples in [-1, 1], or int16")
-    if samples.ndim == 2 and min(samples.shape) <= MAX_CHANNELS:
+    if samples.ndim == 2 and 0 < min(samples.shape) <= MAX_CHANNELS:
         samples = samples.mean(axis=int(np.argmin(samples.shape)), dtype=np.float32)
+    if samples.size == 0:
+        return np.zeros(0, np.float32)
     if samples.ndim != 1:
         raise AudioError(f"the array has shape {array.shape}: give samples of one recording, [n] or [channels, n]")
     if not np.isfinite(samples).all():
