@@ -58,7 +58,8 @@ class DecodingOptions:
     max_initial_timestamp: float | None = 1.0
     fp16: bool = True
 
-    def __post_init__(self) -> None:
+    def verify(self) -> None:
+        """OptionError for values out of range and for options that exclude each other."""
         if self.task not in ("transcribe", "translate", "lang_id"):
             raise OptionError(f"unknown task {self.task!r}; use transcribe, translate or lang_id")
         if self.beam_size is not None and self.best_of is not None:
@@ -372,6 +373,7 @@ def decode(
 @torch.no_grad()
 def decode_windows(model: Whisper, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
     """Decode encoded windows [B, T, d]; they share the options, and each may have its own detected language."""
+    options.verify()
     tokenizer = model_tokenizer(model, options.language or "en", options.task)
     first = initial_tokens(model, tokenizer, options)
     n_ctx, windows = model.dims.n_text_ctx, len(features.primary)

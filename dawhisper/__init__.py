@@ -1,0 +1,47 @@
+"""dawhisper: Whisper with a second cross-attention for noise.
+
+>>> import dawhisper
+>>> model = dawhisper.load_model("base")
+>>> print(model.transcribe("audio.wav").text)
+"""
+
+from whisper.tokenizer import LANGUAGES
+
+from .audio import load_audio, log_mel_spectrogram, pad_or_trim
+from .checkpoint import available_models, load_model, save_model
+from .decoding import DecodingOptions, DecodingResult, decode, detect_language
+from .errors import DawhisperError
+from .model import AudioFeatures, DualOptions, ModelDimensions, Trace, Whisper
+from .transcribe import Segment, Transcription, Word, transcribe, transcribe_lazily
+
+__version__ = "0.1.0"
+
+# openai-whisper's methods; the model's own file knows nothing of the rest of the package
+Whisper.transcribe = transcribe  # type: ignore[attr-defined]
+Whisper.decode = decode  # type: ignore[attr-defined]
+Whisper.detect_language = detect_language  # type: ignore[attr-defined]
+
+__all__ = [
+    "LANGUAGES",
+    "AudioFeatures",
+    "DawhisperError",
+    "DecodingOptions",
+    "DecodingResult",
+    "DualOptions",
+    "ModelDimensions",
+    "Segment",
+    "Trace",
+    "Transcription",
+    "Whisper",
+    "Word",
+    "available_models",
+    "decode",
+    "detect_language",
+    "load_audio",
+    "load_model",
+    "log_mel_spectrogram",
+    "pad_or_trim",
+    "save_model",
+    "transcribe",
+    "transcribe_lazily",
+]

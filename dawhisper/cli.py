@@ -1,0 +1,260 @@
+"""The command line: parsing only. Each command hands its arguments to the module that does the work."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import DawhisperError
+
+INTERRUPTED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dawhisper ARGV`; returns the exit code: 0 done, 1 something failed (said in one line), 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
+    parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser):
+        add(commands)
+    args = vars(parser.parse_args(argv))
+    run: Callable[..., int] = args.pop("run")
+    args.pop("command")
+    warnings.showwarning = _one_line_warning
+    try:
+        return run(**args)
+    except DawhisperError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1
+
+
+def fail(message: str, code: int = 1) -> int:
+    print(f"dawhisper: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"dawhisper: warning: {message}", file=sys.stderr)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dawhisper")
+    except PackageNotFoundError:
+        from . import __version__
+
+        return __version__
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise argparse.ArgumentTypeError(f"True or False, not {text!r}")
+
+
+def optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument that may be the word None."""
+
+    def parse(text: str) -> Any:
+        return None if text == "None" else kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+# ----------------------------------------------------------------------------------------------------- transcribe
+
+
+def _transcribe_parser(commands: Any) -> None:
+    p = commands.add_parser("transcribe", help="turn recordings into text", formatter_class=_Help)
+    p.set_defaults(run=_transcribe)
+    add = p.add_argument
+    add("audio", nargs="+", help="audio or video files")
+    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--model_dir", help="where downloaded models are kept; ~/.cache/whisper by default")
+    add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--output_dir", "-o", default=".", help="folder for the outputs")
+    add("--output_format", "-f", default="all", choices=["txt", "vtt", "srt", "tsv", "json", "all"])
+    add("--verbose", type=boolean, default=True, help="True prints the text as it comes, False shows a progress bar")
+
+    add("--task", default="transcribe", choices=["transcribe", "translate"], help="translate means into English")
+    add("--language", type=optional(str), help="language spoken, by code or English name; None detects it")
+
+    add("--temperature", type=float, default=0.0, help="temperature to sample with; 0 takes the likeliest text")
+    add("--best_of", type=optional(int), default=5, help="samples at a temperature above 0; the best is kept")
+    add("--beam_size", type=optional(int), default=5, help="beams at temperature 0; None decodes greedily")
+    add("--patience", type=optional(float), help="beam search patience (arXiv:2204.05424); 1.0 is plain beam search")
+    add("--length_penalty", type=optional(float), help="alpha of arXiv:1609.08144; None divides by the length")
+    add("--suppress_tokens", default="-1", help="ids never sampled, comma-separated; -1 is most special characters")
+    add("--initial_prompt", help="text before the first window: names, spelling, style")
+    add("--carry_initial_prompt", type=boolean, default=False, help="prompt every window with initial_prompt")
+    add("--condition_on_previous_text", type=boolean, default=True, help="prompt each window with the text before it")
+    add("--fp16", type=boolean, default=True, help="compute in fp16 on a GPU; False in fp32 (a CPU always does)")
+
+    add("--temperature_increment_on_fallback", type=optional(float), default=0.2, help="step of the fallback's retries")
+    add("--compression_ratio_threshold", type=optional(float), default=2.4, help="text more repetitive is retried")
+    add("--logprob_threshold", type=optional(float), default=-1.0, help="text less likely (mean log) is retried")
+    add("--no_speech_threshold", type=optional(float), default=0.6, help="above it unlikely text counts as silence")
+    add("--word_timestamps", type=boolean, default=False, help="times for each word")
+    add("--prepend_punctuations", default="\"'“¿([{-", help="merged with the next word")
+    add("--append_punctuations", default="\"'.。,，!！?？:：”)]}、", help="merged with the word before")
+    add("--highlight_words", type=boolean, default=False, help="underline words as they are spoken (srt and vtt)")
+    add("--max_line_width", type=optional(int), help="characters in a line of subtitles")
+    add("--max_line_count", type=optional(int), help="lines in a subtitle")
+    add("--max_words_per_line", type=optional(int), help="words in a subtitle")
+    add("--threads", type=optional(int), default=0, help="CPU threads; 0 lets torch choose")
+    add("--clip_timestamps", default="0", help="parts to transcribe: start,end,start,... in seconds")
+    add("--hallucination_silence_threshold", type=optional(float), help="skip silences longer than this (seconds)")
+
+
+def _transcribe(
+    audio: list[str],
+    model: str,
+    model_dir: str | None,
+    device: str | None,
+    output_dir: str,
+    output_format: str,
+    temperature: float,
+    temperature_increment_on_fallback: float | None,
+    fp16: bool,
+    threads: int | None,
+    highlight_words: bool,
+    max_line_width: int | None,
+    max_line_count: int | None,
+    max_words_per_line: int | None,
+    **options: Any,
+) -> int:
+    from .output import WriterOptions, transcribe_files
+
+    writing = WriterOptions(output_format, highlight_words, max_line_width, max_line_count, max_words_per_line)
+    return transcribe_files(
+        audio,
+        model_name=model,
+        download_root=model_dir,
+        device=device,
+        fp16=fp16,
+        threads=threads or 0,
+        output_dir=Path(output_dir),
+        writing=writing,
+        temperature=temperature,
+        increment=temperature_increment_on_fallback,
+        options=options,
+        report=fail,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- prepare
+
+
+def _prepare_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "prepare",
+        help="turn a corpus into checked manifests for training",
+        description="Reads LibriSpeech, Common Voice, FLEURS and LJSpeech releases, folders of audio with .txt beside, "
+        "CSV/TSV tables and manifests; checks every file; writes train/dev/test.jsonl and report.json. "
+        "Stopped, it goes on where it was when it is run again.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_prepare)
+    add = p.add_argument
+    add("source", metavar="SOURCE", help="folder, .jsonl, .tar, .csv or .tsv")
+    add("--out", required=True, metavar="DIR", help="folder for the manifests")
+    add("--kind", default="speech", choices=["speech", "noise", "rir"], help="what the recordings are")
+    add("--format", help="librispeech, commonvoice, fleurs, ljspeech, folder, table or manifest; found out by default")
+    add("--language", help="of the speech, where the source does not tell it")
+    add(
+        "--split",
+        nargs=3,
+        type=float,
+        metavar=("TRAIN", "DEV", "TEST"),
+        help="shares by speaker, 0.9 0.05 0.05 for speech; the release's own splits, if it has any, unless given",
+    )
+    add("--untranscribed", action="store_true", help="keep speech without text, for label-free training")
+    add("--min-seconds", type=float, help="drop what is shorter (0.3; impulse responses 0.01)")
+    add("--max-seconds", type=float, help="drop what is longer (30; noise and impulse responses an hour)")
+    add("--workers", type=int, help="processes; as many as there are cores by default")
+    add("--shard", type=int, default=0, metavar="N", help="pack N clips each into tar shards; 0 leaves the files alone")
+    add("--shard-codec", default="opus", choices=["opus", "flac"], help="codec in the shards, 16 kHz mono")
+    add("--shard-bitrate", type=int, default=32000, help="of Opus, bits per second")
+    add("--label-with", metavar="MODEL", help="write what this Whisper hears as teacher_text")
+    add("--device", help="of that model: cuda or cpu; the best there is by default")
+    add("--batch-size", type=int, default=16, help="of that model")
+
+
+def _prepare(split: list[float] | None, **options: Any) -> int:
+    from .prepare import PrepareOptions, prepare
+
+    report = prepare(PrepareOptions(split=None if split is None else (split[0], split[1], split[2]), **options))
+    print(report)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+
+
+def _evaluate_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "evaluate",
+        help="measure word errors of several models by noise and SNR",
+        description="Decodes the same seeded mixtures of speech and noise with every model, and writes tables, JSON, "
+        "CSV, Markdown and plots. Stopped, it goes on where it was when it is run again; under torchrun it is shared "
+        "between the processes.",
+        # what is not given keeps the default of EvaluateOptions
+        argument_default=argparse.SUPPRESS,
+    )
+    p.set_defaults(run=_evaluate)
+    add = p.add_argument
+    add("manifests", nargs="+", metavar="MANIFEST", help="JSON lines with audio and text; or a folder with one")
+    add(
+        "--model",
+        dest="models",
+        action="append",
+        required=True,
+        help="name or path; openai:NAME_OR_PATH, faster:NAME_OR_PATH, hf:FOLDER for other packages; LABEL=... to label "
+        "it; once for each model, the first one is what others are compared with",
+    )
+    add("--noise", nargs="+", metavar="DIR", help="recordings of noise, for the kinds real and noise-only")
+    add("--rir", dest="rirs", nargs="+", metavar="DIR", help="room impulse responses for reverb; made up by default")
+    add("--snr", dest="snrs", nargs="+", type=float, metavar="DB", help="20 10 5 0 -5 by default")
+    add(
+        "--kinds",
+        nargs="+",
+        metavar="KIND",
+        help="clean white pink brown babble real reverb noise-only; all but pink and brown by default",
+    )
+    add("--out", metavar="DIR", help="folder for the results; evaluation by default")
+    add("--limit", type=int, metavar="N", help="only the first N utterances of each manifest")
+    add("--seed", type=int, help="of the mixtures and the bootstrap; 0 by default")
+    add("--language", help="of all utterances; auto detects it; the manifest's by default")
+    add("--batch-size", type=int, help="utterances decoded together; 16 by default")
+    add("--beam-size", type=int, help="beams; greedy by default")
+    add("--fallback", action="store_true", help="decode as transcribe does, with temperature fallback, one at a time")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], help="fp16 on a GPU and fp32 elsewhere by default")
+    add("--device", help="cpu, cuda or cuda:N; a GPU if there is one by default")
+    add("--normalizer", choices=["auto", "english", "basic", "none"], help="auto: by language")
+    add("--bootstrap-samples", type=int, metavar="N", help="of every interval and test; 10000 by default")
+    add("--write-audio", metavar="DIR", help="write the mixtures there as WAV, to listen to")
+    add("--no-gates", dest="gates", action="store_false", help="leave out the gate and attention of dual models")
+    add("--no-plots", dest="plots", action="store_false", help="leave out the PNGs")
+
+
+def _evaluate(**options: Any) -> int:
+    from .evaluate import EvaluateOptions, run
+
+    run(EvaluateOptions(**options))
+    return 0

@@ -1,0 +1,164 @@
+"""Files in, files out: what `dawhisper transcribe` does. The writers are openai-whisper's."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from whisper.utils import get_writer
+
+from .checkpoint import load_model
+from .decoding import language_code
+from .errors import DawhisperError, OptionError
+from .model import Whisper
+from .transcribe import Segment, TranscribeOptions, Transcription, collect, transcribe_lazily
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """The format of the outputs, and how subtitles break into lines where there are word times."""
+
+    output_format: str = "all"
+    highlight_words: bool = False
+    max_line_width: int | None = None
+    max_line_count: int | None = None
+    max_words_per_line: int | None = None
+
+    def verify(self, word_timestamps: bool) -> None:
+        for name, value in self.lines().items():
+            if value and not word_timestamps:
+                raise OptionError(f"--{name} requires --word_timestamps True")
+        if self.max_line_count and not self.max_line_width:
+            warnings.warn("--max_line_count has no effect without --max_line_width", stacklevel=2)
+        if self.max_words_per_line and self.max_line_width:
+            warnings.warn("--max_words_per_line has no effect with --max_line_width", stacklevel=2)
+
+    def lines(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "output_format"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C within a recording; carries what was transcribed of it."""
+
+    def __init__(self, partial: Transcription):
+        super().__init__()
+        self.partial = partial
+
+
+def transcribe_files(
+    paths: Sequence[str],
+    *,
+    model_name: str,
+    download_root: str | None,
+    device: str | None,
+    fp16: bool,
+    threads: int,
+    output_dir: Path,
+    writing: WriterOptions,
+    temperature: float,
+    increment: float | None,
+    options: dict[str, Any],
+    report: Callable[[str], int],
+) -> int:
+    """Transcribe each file and write its outputs. A file that fails is reported and the others go on; returns 1 then.
+
+    On Ctrl-C the outputs of what was transcribed so far are written first.
+    """
+    writing.verify(options.get("word_timestamps", False))
+    options = {**options, "temperature": fallback_temperatures(temperature, increment)}
+    TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
+    if options.get("language"):
+        language_code(options["language"])
+    writable_folder(output_dir)
+    if threads:
+        torch.set_num_threads(threads)
+    model = load_model(model_name, device, None if fp16 else "fp32", download_root)
+    options["language"] = usable_language(model, model_name, options.get("language"))
+
+    failed = 0
+    for path, name in zip(paths, output_names(paths)):
+        try:
+            result = transcribe_until_interrupted(model, path, options)
+            write(result, name, output_dir, writing)
+        except Interrupted as stop:
+            write(stop.partial, name, output_dir, writing)
+            return report(f"interrupted in {path}; what was transcribed until then is in {output_dir}")
+        except DawhisperError as error:
+            failed = report(str(error))
+        except OSError as error:
+            failed = report(f"can't write the output of {path}: {error.strerror or error}")
+    return failed
+
+
+def fallback_temperatures(temperature: float, increment: float | None) -> tuple[float, ...]:
+    """temperature, temperature + increment, ... up to 1."""
+    if increment is None:
+        return (temperature,)
+    if increment <= 0:
+        raise OptionError(f"temperature_increment_on_fallback is above 0, or None for no fallback; not {increment}")
+    return tuple(np.arange(temperature, 1.0 + 1e-6, increment).tolist()) or (temperature,)
+
+
+def writable_folder(folder: Path) -> None:
+    """Make the folder and try to write in it, so that hours of work don't end with nothing."""
+    probe = folder / ".dawhisper-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(
+            f"can't write to the output folder {folder}: {error.strerror}; choose another with --output_dir"
+        ) from None
+
+
+def usable_language(model: Whisper, name: str, language: str | None) -> str | None:
+    """English for English-only models, whatever was asked for."""
+    if model.is_multilingual:
+        return language
+    if language and language_code(language) != "en":
+        warnings.warn(f"{name} knows English only; using English instead of {language}", stacklevel=2)
+    return "en"
+
+
+def output_names(paths: Sequence[str]) -> list[str]:
+    """A name for each file's outputs: its stem, or where stems clash, more of its path."""
+    stems = Counter(Path(path).stem for path in paths)
+    names = Counter(Path(path).name for path in paths)
+    taken: Counter[str] = Counter()
+    result = []
+    for given in paths:
+        path = Path(given)
+        name = path.stem if stems[path.stem] == 1 else path.name
+        if stems[path.stem] > 1 and names[path.name] > 1:
+            name = f"{path.absolute().parent.name}_{path.name}"
+        taken[name] += 1
+        result.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
+    return result
+
+
+def transcribe_until_interrupted(model: Whisper, path: str, options: dict[str, Any]) -> Transcription:
+    """Transcribe a file; on Ctrl-C raise Interrupted with the segments known until then."""
+    segments, recording = transcribe_lazily(model, path, **options)
+    kept: list[Segment] = []
+
+    def keep() -> Iterator[Segment]:
+        for segment in segments:
+            kept.append(segment)
+            yield segment
+
+    try:
+        return collect(keep(), recording)
+    except KeyboardInterrupt:
+        raise Interrupted(collect(iter(kept), recording)) from None
+
+
+def write(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:
+    writer = get_writer(writing.output_format, str(output_dir))
+    writer(result.to_dict(), f"{name}.audio", **writing.lines())  # type: ignore[arg-type]

@@ -1,0 +1,480 @@
+"""A recording, or many -> segments of text with times: OpenAI's sliding window over 30 seconds at a time.
+
+Times are in seconds, `seek` positions in mel frames of 10 ms. The behaviour is openai-whisper's; what differs is that
+a window is encoded once, however often it is decoded, and that segments can be had as soon as they are known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH, N_FRAMES, N_SAMPLES, SAMPLE_RATE
+from whisper.tokenizer import LANGUAGES, Tokenizer
+from whisper.utils import format_timestamp, make_safe
+
+from .audio import log_mel_spectrogram, pad_or_trim
+from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, language_code, model_tokenizer
+from .errors import OptionError, near_names
+from .model import AudioFeatures, Whisper
+from .timing import TimedText, Word, add_word_times
+
+Source = str | PathLike[str] | np.ndarray | Tensor
+PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
+
+
+@dataclass(frozen=True)
+class TranscribeOptions:
+    """How to transcribe a recording; the fields are the arguments of openai-whisper's `transcribe`.
+
+    verbose: True prints segments as they come, False shows a progress bar, None is silent.
+    temperature: tried in turn while a window's text is too repetitive (compression_ratio_threshold) or too unlikely
+        (logprob_threshold, mean natural log probability).
+    no_speech_threshold: windows whose no-speech probability is above it, and whose text is unlikely, are silence.
+    condition_on_previous_text: earlier text is the prompt of the next window.
+    initial_prompt: prompt of the first window; carry_initial_prompt: of every window.
+    word_timestamps: times for each word; prepend_ and append_punctuations are merged with the neighbouring word.
+    clip_timestamps: "start,end,start,..." or a list, in seconds: the parts to transcribe.
+    hallucination_silence_threshold: with word_timestamps, skip silences longer than this (seconds) around text that
+        is likely made up.
+    decoding: the options of each window; its temperature and prompt are set by this loop.
+    """
+
+    verbose: bool | None = None
+    temperature: float | Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    compression_ratio_threshold: float | None = 2.4
+    logprob_threshold: float | None = -1.0
+    no_speech_threshold: float | None = 0.6
+    condition_on_previous_text: bool = True
+    initial_prompt: str | None = None
+    carry_initial_prompt: bool = False
+    word_timestamps: bool = False
+    prepend_punctuations: str = "\"'“¿([{-"
+    append_punctuations: str = "\"'.。,，!！?？:：”)]}、"
+    clip_timestamps: str | Sequence[float] = "0"
+    hallucination_silence_threshold: float | None = None
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+
+    @classmethod
+    def of(cls, **options: Any) -> TranscribeOptions:
+        """From the flat keyword arguments of `transcribe`: these fields and those of DecodingOptions."""
+        own = {f.name for f in fields(cls)} - {"decoding"}
+        window = {f.name for f in fields(DecodingOptions)} - own - {"prompt"}
+        for name in options:
+            if name not in own | window:
+                raise OptionError(f"unknown option {name!r}{near_names(name, own | window)}")
+        decoding = DecodingOptions(**{k: v for k, v in options.items() if k in window})
+        made = cls(decoding=decoding, **{k: v for k, v in options.items() if k in own})
+        for temperature in made.temperatures():
+            made.at(temperature).verify()
+        return made
+
+    def temperatures(self) -> list[float]:
+        given = self.temperature
+        return [float(given)] if isinstance(given, (int, float)) else [float(t) for t in given]
+
+    def at(self, temperature: float, prompt: list[int] | None = None) -> DecodingOptions:
+        """A window's options: beams at temperature 0, samples above it."""
+        options = replace(self.decoding, temperature=temperature, prompt=prompt)
+        if temperature > 0:
+            return replace(options, beam_size=None, patience=None)
+        return replace(options, best_of=None)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of speech; `words` is None where no word times were asked for."""
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: list[Word] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """openai-whisper's dict of this segment."""
+        made = asdict(self)
+        if self.words is None:
+            del made["words"]
+        return made
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """A recording's text, segments and language code; `result["text"]` works as with openai-whisper's dict."""
+
+    text: str
+    segments: list[Segment]
+    language: str
+
+    def to_dict(self) -> dict[str, Any]:
+        segments = [segment.to_dict() for segment in self.segments]
+        return {"text": self.text, "segments": segments, "language": self.language}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording ready to be transcribed: its log-mel [n_mels, frames + 3000], 30 s of silence at its end."""
+
+    mel: Tensor
+    language: str
+    tokenizer: Tokenizer
+    clips: list[tuple[int, int]]  # first and last frame of each part to transcribe
+
+    @property
+    def frames(self) -> int:
+        return self.mel.shape[-1] - N_FRAMES
+
+    @property
+    def duration(self) -> float:
+        return self.frames * HOP_LENGTH / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Window:
+    """Up to 30 s of a recording: `size` frames from frame `seek` on."""
+
+    seek: int
+    size: int
+
+    @property
+    def start(self) -> float:
+        return self.seek * HOP_LENGTH / SAMPLE_RATE
+
+    @property
+    def duration(self) -> float:
+        return self.size * HOP_LENGTH / SAMPLE_RATE
+
+    @property
+    def end_of_30s(self) -> float:
+        return (self.seek + N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a window gave: its segments, and the frame where the next window starts.
+
+    at_end: the text says that nothing is spoken after its last timestamp; skipped: the window counts as not heard.
+    """
+
+    segments: list[Segment]
+    resume: int
+    at_end: bool = False
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The earlier text that a window is decoded with: the tokens given at first, and those decoded lately."""
+
+    initial: list[int]
+    recent: list[int]
+    room: int
+    was_reset: bool = False
+
+    @classmethod
+    def of(cls, model: Whisper, tokenizer: Tokenizer, options: TranscribeOptions) -> Prompt:
+        text = options.initial_prompt
+        return cls(tokenizer.encode(" " + text.strip()) if text else [], [], model.dims.n_text_ctx // 2 - 1)
+
+    def tokens(self, options: TranscribeOptions) -> list[int]:
+        if options.carry_initial_prompt:
+            room = self.room - len(self.initial)
+            return self.initial + (self.recent[-room:] if room > 0 else [])
+        return self.recent if self.was_reset else self.initial + self.recent
+
+    def after(self, segments: list[Segment], result: DecodingResult, options: TranscribeOptions) -> Prompt:
+        # text sampled at a high temperature would lead the next window astray
+        if not options.condition_on_previous_text or result.temperature > 0.5:
+            return replace(self, recent=[], was_reset=True)
+        said = self.recent + [token for segment in segments for token in segment.tokens]
+        return replace(self, recent=said[-self.room :])
+
+
+def transcribe(model: Whisper, audio: Source | Sequence[Source], **options: Any) -> Transcription | list[Transcription]:
+    """Transcribe a recording: a file of any format, or mono samples [n] at 16 kHz. A list of them gives a list.
+
+    Keyword arguments are the fields of TranscribeOptions and DecodingOptions. Raises AudioError for audio that can't
+    be used and OptionError for options that can't.
+    """
+    if isinstance(audio, (list, tuple)):
+        return [transcribe(model, one, **options) for one in audio]  # type: ignore[misc]
+    segments, info = transcribe_lazily(model, audio, **options)  # type: ignore[arg-type]
+    return collect(segments, info)
+
+
+def transcribe_lazily(model: Whisper, audio: Source, **options: Any) -> tuple[Iterator[Segment], Recording]:
+    """As `transcribe`, but a generator that yields each segment as soon as it is known, and what is known before."""
+    made = TranscribeOptions.of(**options)
+    recording = open_recording(model, audio, made)
+    return iter_segments(model, recording, made), recording
+
+
+def collect(segments: Iterator[Segment], recording: Recording) -> Transcription:
+    """All segments, as a Transcription."""
+    kept = list(segments)
+    text = recording.tokenizer.decode([token for segment in kept for token in segment.tokens])
+    return Transcription(text, kept, recording.language)
+
+
+def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> Recording:
+    """Decode the audio, compute its spectrogram, and find its language where that was not given."""
+    clips = seek_points(options.clip_timestamps)
+    mel = log_mel_spectrogram(audio, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
+    language = options.decoding.language
+    if language is None:
+        language = "en"
+        if model.is_multilingual:
+            if options.verbose:
+                print("Detecting language using up to the first 30 seconds. Use `--language` to specify the language")
+            _, probs = detect_language(model, pad_or_trim(mel, N_FRAMES))
+            language = max(probs, key=probs.get)  # type: ignore[arg-type,union-attr]
+            if options.verbose is not None:
+                print(f"Detected language: {LANGUAGES[language].title()}")
+    language = language_code(language)
+    if options.word_timestamps and options.decoding.task == "translate":
+        warnings.warn("Word-level timestamps on translations may not be reliable.", stacklevel=2)
+    tokenizer = model_tokenizer(model, language, options.decoding.task)
+    if len(clips) % 2:
+        clips.append(mel.shape[-1] - N_FRAMES)
+    return Recording(mel, language, tokenizer, list(zip(clips[::2], clips[1::2])))
+
+
+def seek_points(timestamps: str | Sequence[float]) -> list[int]:
+    """Frames of "start,end,start,..." in seconds."""
+    try:
+        given = timestamps.split(",") if isinstance(timestamps, str) else timestamps
+        seconds = [float(t) for t in given if t != ""]
+    except ValueError:
+        raise OptionError(f"clip_timestamps is start,end,start,... in seconds, not {timestamps!r}") from None
+    if any(b < a for a, b in itertools.pairwise(seconds)) or any(t < 0 for t in seconds):
+        raise OptionError(f"clip_timestamps must not be negative or go back, as in {timestamps!r}")
+    return [round(t * FRAMES_PER_SECOND) for t in seconds] or [0]
+
+
+def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptions) -> Iterator[Segment]:
+    """The sliding window: decode 30 s, cut it into segments, go on where the last complete one ends."""
+    prompt = Prompt.of(model, recording.tokenizer, options)
+    last_speech, count = 0.0, 0
+    with tqdm(total=recording.frames, unit="frames", disable=options.verbose is not False) as bar:
+        for seek, last in recording.clips:
+            while seek < (end := min(last, recording.frames)):
+                window = Window(seek, min(N_FRAMES, end - seek))
+                features = encode_window(model, recording.mel, window)
+                result = decode_with_fallback(model, features, options, prompt.tokens(options))
+                split = split_segments(result, window, model, recording.tokenizer)
+                if is_silence(result, options):
+                    split = Split([], seek + window.size, skipped=True)
+                elif options.word_timestamps:
+                    split = with_words(split, model, recording, features, window, last_speech, options)
+                if not split.skipped:
+                    last_speech = last_word_end(split.segments, default=last_speech)
+                    split = replace(split, segments=[without_empty(segment) for segment in split.segments])
+                    prompt = prompt.after(split.segments, result, options)
+                for segment in split.segments:
+                    if options.verbose and segment.text:
+                        print(printable(segment))
+                    yield replace(segment, id=count)
+                    count += 1
+                seek = split.resume if split.resume > seek else seek + window.size
+                bar.update(min(seek, recording.frames) - window.seek)
+
+
+def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
+    """Features [1, T, d] of a window, padded to 30 s unless the model was trained without padding."""
+    length = N_FRAMES
+    if model.variable_audio_ctx:
+        length = min(N_FRAMES, -(-window.size // FRAMES_PER_SECOND) * FRAMES_PER_SECOND)  # whole seconds
+    audio = pad_or_trim(mel[:, window.seek : window.seek + window.size], length)
+    with torch.no_grad():
+        return model.encode(audio[None].to(model.device, model.dtype))
+
+
+def decode_with_fallback(
+    model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]
+) -> DecodingResult:
+    """Decode one window at each temperature in turn, until the text is neither repetitive nor too unlikely."""
+    for temperature in options.temperatures():
+        result = decode_windows(model, features, options.at(temperature, prompt))[0]
+        if not needs_fallback(result, options):
+            break
+    return result
+
+
+def needs_fallback(result: DecodingResult, options: TranscribeOptions) -> bool:
+    if unlikely(result, options) and exceeds(result.no_speech_prob, options.no_speech_threshold):
+        return False  # silence
+    return unlikely(result, options) or exceeds(result.compression_ratio, options.compression_ratio_threshold)
+
+
+def is_silence(result: DecodingResult, options: TranscribeOptions) -> bool:
+    """No speech is probable, and the text does not speak against it by being likely."""
+    likely = exceeds(result.avg_logprob, options.logprob_threshold)
+    return exceeds(result.no_speech_prob, options.no_speech_threshold) and not likely
+
+
+def unlikely(result: DecodingResult, options: TranscribeOptions) -> bool:
+    return options.logprob_threshold is not None and result.avg_logprob < options.logprob_threshold
+
+
+def exceeds(value: float, threshold: float | None) -> bool:
+    return threshold is not None and value > threshold
+
+
+def split_segments(result: DecodingResult, window: Window, model: Whisper, tokenizer: Tokenizer) -> Split:
+    """Cut a window's tokens at its pairs of timestamps; an unfinished segment at its end is left to the next window."""
+    stride = N_FRAMES // model.dims.n_audio_ctx  # mel frames per timestamp: 2
+    precision = stride * HOP_LENGTH / SAMPLE_RATE  # seconds per timestamp: 0.02
+    tokens, begin = result.tokens, tokenizer.timestamp_begin
+    is_time = [token >= begin for token in tokens]
+    at_end = is_time[-2:] == [False, True]
+
+    def segment(tokens: list[int], start: float, end: float) -> Segment:
+        text = tokenizer.decode([token for token in tokens if token < tokenizer.eot])
+        return Segment(
+            id=0,
+            seek=window.seek,
+            start=start,
+            end=end,
+            text=text,
+            tokens=tokens,
+            temperature=result.temperature,
+            avg_logprob=result.avg_logprob,
+            compression_ratio=result.compression_ratio,
+            no_speech_prob=result.no_speech_prob,
+        )
+
+    cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
+    if not cuts:  # one segment, to its last timestamp or to the window's end
+        times = [token for token in tokens if token >= begin]
+        duration = (times[-1] - begin) * precision if times and times[-1] != begin else window.duration
+        only = segment(tokens, window.start, window.start + duration)
+        return Split([only], window.seek + window.size, at_end)
+    if at_end:
+        cuts.append(len(tokens))
+    pieces = [tokens[i:j] for i, j in zip([0, *cuts], cuts)]
+    segments = [
+        segment(piece, window.start + (piece[0] - begin) * precision, window.start + (piece[-1] - begin) * precision)
+        for piece in pieces
+    ]
+    resume = window.seek + (window.size if at_end else (pieces[-1][-1] - begin) * stride)
+    return Split(segments, resume, at_end)
+
+
+def without_empty(segment: Segment) -> Segment:
+    """A segment that takes no time or has no text keeps its place, but says nothing."""
+    if segment.start == segment.end or not segment.text.strip():
+        return replace(segment, text="", tokens=[], words=[])
+    return segment
+
+
+def printable(segment: Segment) -> str:
+    return make_safe(f"[{format_timestamp(segment.start)} --> {format_timestamp(segment.end)}] {segment.text}")
+
+
+# ---------------------------------------------------------------------------------------- word times in long form
+
+
+def last_word_end(segments: list[Segment], default: float) -> float:
+    """Where the last word ends, in seconds; without words, where the last segment does."""
+    ends = [word.end for segment in segments for word in segment.words or []]
+    return ends[-1] if ends else segments[-1].end if segments else default
+
+
+def with_words(
+    split: Split,
+    model: Whisper,
+    recording: Recording,
+    features: AudioFeatures,
+    window: Window,
+    last_speech: float,
+    options: TranscribeOptions,
+) -> Split:
+    """Give the segments their words, go on after the last of them, and drop what is likely made up in silence."""
+    eot = recording.tokenizer.eot
+    texts = [TimedText([t for t in s.tokens if t < eot], s.start, s.end) for s in split.segments]
+    timed = add_word_times(
+        texts,
+        model,
+        recording.tokenizer,
+        features,
+        window.size,
+        window.start,
+        last_speech,
+        options.prepend_punctuations,
+        options.append_punctuations,
+    )
+    segments = [replace(s, start=t.start, end=t.end, words=list(t.words)) for s, t in zip(split.segments, timed)]
+    split = replace(split, segments=segments)
+    spoken_until = last_word_end(segments, default=window.start)
+    threshold = options.hallucination_silence_threshold
+    if not split.at_end and spoken_until > window.start:
+        resume = round(spoken_until * FRAMES_PER_SECOND)
+        if threshold is not None and window.end_of_30s - spoken_until <= threshold:
+            resume = window.seek + window.size
+        split = replace(split, resume=resume)
+    return split if threshold is None else without_hallucinations(split, window, recording, last_speech, threshold)
+
+
+def without_hallucinations(
+    split: Split, window: Window, recording: Recording, last_speech: float, threshold: float
+) -> Split:
+    """Skip silences longer than `threshold` seconds before improbable segments, and such segments within silence."""
+    segments = split.segments
+    first = next((s for s in segments if s.words), None)
+    if first is not None and is_anomalous(first) and first.start - window.start > threshold:
+        return Split([], window.seek + round((first.start - window.start) * FRAMES_PER_SECOND), skipped=True)
+
+    heard_until = last_speech
+    for i, segment in enumerate(segments):
+        if not segment.words:
+            continue
+        if is_anomalous(segment):
+            following = next((s for s in segments[i + 1 :] if s.words), None)
+            next_start = following.words[0].start if following and following.words else window.start + window.duration
+            silent_before = (
+                segment.start - heard_until > threshold
+                or segment.start < threshold
+                or segment.start - window.start < 2.0
+            )
+            silent_after = (
+                next_start - segment.end > threshold
+                or (following is not None and is_anomalous(following))
+                or window.end_of_30s - segment.end < 2.0
+            )
+            if silent_before and silent_after:
+                resume = round(max(window.start + 1, segment.start) * FRAMES_PER_SECOND)
+                if recording.duration - segment.end < threshold:
+                    resume = recording.frames
+                return replace(split, segments=segments[:i], resume=resume)
+        heard_until = segment.end
+    return split
+
+
+def is_anomalous(segment: Segment) -> bool:
+    """Whether the first words are too improbable, too short or too long to have been spoken."""
+    words = [word for word in segment.words or [] if word.word not in PUNCTUATION][:8]
+    score = sum(word_anomaly(word) for word in words)
+    return bool(segment.words) and (score >= 3 or score + 0.01 >= len(words))
+
+
+def word_anomaly(word: Word) -> float:
+    duration = word.end - word.start
+    return (word.probability < 0.15) + max(0.0, 0.133 - duration) * 15 + max(0.0, duration - 2.0)
