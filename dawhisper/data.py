@@ -36,6 +36,7 @@ from .errors import DataError, DawhisperError, OptionError
 from .noise import to_int16
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
+SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
 PAD_SAMPLES = SAMPLE_RATE // 2  # batches are padded to whole half seconds: few shapes, and fast FFTs
 PAD_TOKENS = 8
 IGNORE = -100  # a label without loss
@@ -196,13 +197,13 @@ def read_audio(utterance: Utterance) -> np.ndarray:
     """Decode an utterance to train on -> int16 [n] at 16 kHz. Raises DataError (it says why) when it can't be used."""
     audio = decode_audio(utterance)
     seconds = len(audio) / SAMPLE_RATE
-    if seconds > MAX_SECONDS:
+    if seconds > MAX_SECONDS + SLACK_SECONDS:
         raise DataError(f"longer than {MAX_SECONDS:g} s: {seconds:.1f} s")
     if seconds < MIN_SECONDS:
         raise DataError(f"shorter than {MIN_SECONDS:g} s: {seconds:.2f} s")
     if seconds < 0.9 * utterance.duration - 0.5:
         raise DataError(f"cut off: {seconds:.1f} s of the {utterance.duration:.1f} s in the manifest")
-    return audio
+    return audio[: int(MAX_SECONDS * SAMPLE_RATE)]
 
 
 def decode_audio(utterance: Utterance) -> np.ndarray:
@@ -851,7 +852,7 @@ def _unusable(u: Utterance, options: TargetOptions, chooser: Targets) -> str:
     """Why an utterance can't be used, as far as its manifest line tells; empty when it can."""
     if not u.duration > 0:
         return "no duration: and the file does not tell it"
-    if u.duration > MAX_SECONDS + 0.05:
+    if u.duration > MAX_SECONDS + SLACK_SECONDS:
         return f"longer than {MAX_SECONDS:g} s: {u.duration:.1f} s"
     if u.duration < MIN_SECONDS:
         return f"shorter than {MIN_SECONDS:g} s: {u.duration:.2f} s"

@@ -27,7 +27,16 @@ import numpy as np
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, pad_or_trim
-from .data import MAX_SECONDS, MIN_SECONDS, Report, Utterance, decode_audio, read_manifest, read_shard
+from .data import (
+    MAX_SECONDS,
+    MIN_SECONDS,
+    SLACK_SECONDS,
+    Report,
+    Utterance,
+    decode_audio,
+    read_manifest,
+    read_shard,
+)
 from .errors import DataError, OptionError
 from .noise import AUDIO_SUFFIXES
 
@@ -441,7 +450,7 @@ def _checked(items: list[Item], options: PrepareOptions, report: Report) -> list
         seconds, why = known[key]["seconds"], known[key]["why"]
         if not why and seconds < low:
             why = f"shorter than {low:g} s: {seconds:.2f} s"
-        if not why and seconds > high:
+        if not why and seconds > high + SLACK_SECONDS:
             why = f"longer than {high:g} s: {seconds:.1f} s"
         if why:
             report.add(item.utterance.name, why)

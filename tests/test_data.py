@@ -145,6 +145,8 @@ def test_damaged_audio_says_what_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=why):
             read_audio(Utterance(str(tmp_path / f"{name}.wav"), duration=9.0 if name == "cut" else 0.0))
     assert len(read_audio(Utterance(str(tmp_path / "loud.wav")))) == 16000  # clipped is not broken
+    write_wav(tmp_path / "padded.wav", 30.04)
+    assert len(read_audio(Utterance(str(tmp_path / "padded.wav")))) == 480000
     part = Utterance(str(tmp_path / "cut.wav"), start=0.5, end=1.25)
     assert len(read_audio(part)) == 12000
 
