@@ -16,8 +16,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from dawhisper.runlog import Log
 from dawhisper.student import (
     Student,
     Teacher,
+    attention_kernel,
     check_teacher,
     count,
     freeze,
@@ -92,9 +93,7 @@ def train(recipe: Recipe, world: World) -> int:
     student = Student(model, recipe.objective).to(world.device)
     compile = compile_mode(loop.compile, world.device)
     multiple = 64 if compile == "model" else 1
-    feed = Feed(
-        recipe, model, teacher.model if teacher else None, world, token_multiple=64 if compile == "model" else 1
-    )
+    feed = Feed(recipe, model, teacher.model if teacher else None, world, multiple)
     parallel = parallelise(student, teacher, world, compile, loop.fsdp)
     optimizer = make_optimizer(student, recipe.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
@@ -122,7 +121,7 @@ def train(recipe: Recipe, world: World) -> int:
             set_rate(optimizer, rate_factor(step, loop.steps, recipe.optim.warmup, recipe.optim.final))
             finite = torch.ones((), device=world.device)
             for inputs in micro_batches:
-                with synchronised(parallel, inputs is micro_batches[-1]), autocast(amp, world.device):
+                with synchronised(parallel, inputs is micro_batches[-1]), numerics(loop.attention, amp, world.device):
                     lesson = None if teacher is None else teacher(inputs)
                     loss, report = parallel(inputs, lesson, counts)
                     finite = finite * loss.detach().isfinite()
@@ -214,8 +213,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
-def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+@contextmanager
+def numerics(attention: str, dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    with attention_kernel(attention), nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+        yield
 
 
 def compile_mode(mode: str, device: torch.device) -> str:

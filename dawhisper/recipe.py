@@ -118,7 +118,8 @@ class LoopOptions:
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
     on a GPU that has it, fp32 on the CPU); compile: off, blocks (encoder blocks and losses), model (everything; tokens
-    are padded to multiples of 64), auto (blocks on a GPU); fsdp: shard weights and optimiser over the devices;
+    are padded to multiples of 64), auto (blocks on a GPU); attention: the kernel to try first, default, cudnn or
+    flash; fsdp: shard weights and optimiser over the devices;
     deterministic: bit-for-bit repeatable on a GPU too, slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
     encoder positions. max_bad_steps: non-finite steps in a row that end the run.
@@ -128,6 +129,7 @@ class LoopOptions:
     accumulate: int = 1
     precision: str = "auto"
     compile: str = "auto"
+    attention: str = "default"
     gradient_checkpointing: bool = False
     fsdp: bool = False
     deterministic: bool = False
@@ -180,6 +182,7 @@ class Recipe:
         _one_of("freeze", self.freeze, ("encoder", "primary", "secondary"))
         _one_of("loop.precision", [self.loop.precision], ("auto", "bf16", "fp16", "fp32"))
         _one_of("loop.compile", [self.loop.compile], ("auto", "off", "blocks", "model"))
+        _one_of("loop.attention", [self.loop.attention], ("default", "cudnn", "flash"))
         for key, value, least in (
             ("data.batch_size", self.data.batch_size, 1),
             ("loop.steps", self.loop.steps, 1),

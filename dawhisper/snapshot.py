@@ -65,11 +65,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def student_state(student: nn.Module, sharded: bool) -> dict[str, Any]:
-    """The weights in full; with sharding every process must ask, and the first one gets them."""
-    return get_model_state_dict(student, options=FULL) if sharded else student.state_dict()
+    """The weights in full, on the device; with sharding every process must ask, and each gets them."""
+    return (
+        get_model_state_dict(student, options=StateDictOptions(full_state_dict=True))
+        if sharded
+        else student.state_dict()
+    )
 
 
 def optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
+    """The moments in full; with sharding every process must ask, and the first one gets them, on the CPU."""
     return get_optimizer_state_dict(student, optimizer, options=FULL) if sharded else optimizer.state_dict()
 
 

@@ -8,11 +8,13 @@ is asked first, and what it says goes in as constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dawhisper import losses
 from dawhisper.errors import OptionError
@@ -186,6 +188,15 @@ def parallelise(student: Student, teacher: Teacher | None, world: World, compile
         if teacher is not None:
             teacher.compile(dynamic=False)
     return parallel
+
+
+def attention_kernel(name: str) -> AbstractContextManager[Any]:
+    """Which kernel scaled_dot_product_attention tries first: "default" leaves it to torch, or "cudnn", "flash"."""
+    if name == "default":
+        return nullcontext()
+    first = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
+    others = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel([first, *(kernel for kernel in others if kernel != first)], set_priority=True)
 
 
 def shard(student: Student, world: World) -> nn.Module:

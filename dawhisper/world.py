@@ -33,7 +33,7 @@ class World:
         if place.type == "cuda":
             if not torch.cuda.is_available():
                 raise OptionError(f"device is {device!r}, but torch sees no GPU here; use device=cpu")
-            if place.index is None:
+            if ":" not in kind:
                 place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             if place.index >= torch.cuda.device_count():
                 raise OptionError(f"{place} does not exist: this machine has {torch.cuda.device_count()} GPUs")

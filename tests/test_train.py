@@ -1,0 +1,380 @@
+"""The training loop, run for real on a CPU: a random model of 2-second windows, synthetic clips, a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import wave
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from dawhisper.checkpoint import load_model, read_config
+from dawhisper.model import ModelDimensions, Whisper
+from dawhisper.student import Student, Teacher, shrink
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, len(samples), "NONE", ""))
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+
+
+def write_clips(folder: Path, count: int, seed: int) -> Path:
+    """Clips of one to two seconds: a gliding tone in bursts, as unlike silence as speech is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(count):
+        t = np.arange(int(16000 * rng.uniform(1.0, 1.9))) / 16000
+        tone = np.sin(2 * np.pi * (150 + 100 * rng.random() * t) * t) * (np.sin(2 * np.pi * 3 * t) > -0.3)
+        write_wav(folder / f"{i}.wav", 0.3 * tone + 0.01 * rng.standard_normal(len(t)))
+        text = " ".join(rng.choice(WORDS, 3))
+        line = {"audio": f"{i}.wav", "duration": len(t) / 16000, "text": text, "language": "en", "speaker": str(i)}
+        lines.append(json.dumps(line))
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint in OpenAI's format, and manifests."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = Whisper(ModelDimensions(80, 100, 32, 2, 3, 51865, 64, 32, 2, 3))
+    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, folder / "tiny.pt")
+    return {
+        "model": folder / "tiny.pt",
+        "train": write_clips(folder / "train", 12, seed=1),
+        "dev": write_clips(folder / "dev", 3, seed=2),
+        "noise": write_clips(folder / "noise", 3, seed=3),
+    }
+
+
+def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
+    return [
+        str(ROOT / "configs/base_noise.yaml"),
+        f"model.name={world['model']}",
+        f"data.train={world['train']}",
+        f"data.noise={world['noise']}",
+        f"out={out}",
+        "device=cpu",
+        "data.workers=0",
+        "data.batch_size=4",
+        "data.targets.prompt=0",
+        "loop.steps=4",
+        "loop.log_every=1",
+        "loop.save_every=100",
+        "optim.warmup=2",
+        "optim.lr=1e-3",
+        "optim.lr_new=1e-3",
+        "evaluate.max_tokens=5",
+        "evaluate.kinds=white",
+        *overrides,
+    ]
+
+
+def command(world: dict[str, Path], out: Path, *overrides: str, processes: int = 0) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    return [sys.executable, *launch, str(ROOT / "train.py"), *arguments(world, out, *overrides)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def records(out: Path, key: str = "loss") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def curve(out: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in records(out, key)]
+
+
+def run(world: dict[str, Path], out: Path, *overrides: str) -> list[float]:
+    assert train.main(arguments(world, out, *overrides)) == 0
+    return curve(out)
+
+
+QUIET = ("augment.noise_prob=0", "augment.noise_only_prob=0", "augment.clean_prob=1")  # the same audio on any rank
+
+
+@pytest.fixture(scope="module")
+def unbroken(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """Eight steps in noise, without a break; the last state is saved."""
+    out = tmp_path_factory.mktemp("unbroken")
+    return out, run(world, out, "loop.steps=8")
+
+
+def test_a_run_learns_evaluates_and_saves(world: dict[str, Path], tmp_path: Path) -> None:
+    losses = run(
+        world, tmp_path, "loop.steps=30", "loop.log_every=5", "evaluate.every=15", f"data.dev={world['dev']}",
+        "objective.cross_entropy=1", "objective.noise_attention=0.1", "objective.noise_mel=0.1", "optim.ema=0.5",
+    )  # fmt: skip
+    assert losses[-1] < 0.8 * losses[0]
+    first = records(tmp_path)[0]
+    parts = {"logits", "encoder", "attention", "gate", "silence", "cross_entropy", "noise_attention", "noise_mel"}
+    assert {key.removeprefix("loss/") for key in first if key.startswith("loss/")} == parts
+    assert 0 <= first["wait"] <= 1 and first["samples_per_second"] > 0 and first["norm"] > 0
+    assert {"rate/new", "rate/old", "rate/new_no_decay", "rate/old_no_decay"} <= set(first)
+    assert [line["step"] for line in records(tmp_path, "wer/noisy")] == [0, 15, 30]
+    for name in ("best.safetensors", "last.safetensors"):
+        assert load_model(tmp_path / name, device="cpu").dual is not None
+        assert read_config(tmp_path / name)["recipe"]["recipe"]["loop"]["steps"] == 30
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_two_processes_equal_one_with_twice_the_batch(world: dict[str, Path], tmp_path: Path) -> None:
+    overrides = ("data.batch_size=2", "loop.steps=3", "objective.cross_entropy=0.5", *QUIET)
+    subprocess.run(
+        command(world, tmp_path / "two", *overrides, processes=2), env=environment(), check=True, capture_output=True
+    )
+    one = run(world, tmp_path / "one", *overrides, "data.batch_size=4")
+    assert curve(tmp_path / "two") == pytest.approx(one, rel=1e-4)
+    assert len(set(one)) == 3
+
+
+def test_accumulation_equals_a_larger_batch(world: dict[str, Path], tmp_path: Path) -> None:
+    four = world["train"].parent / "four.jsonl"  # so that a step is an epoch, in whatever order
+    four.write_text("\n".join(world["train"].read_text().splitlines()[:4]) + "\n")
+    overrides = (
+        "loop.steps=3",
+        "objective.cross_entropy=0.5",
+        "data.targets.timestamps=0",
+        f"data.train={four}",
+        *QUIET,
+    )
+    accumulated = run(world, tmp_path / "two", *overrides, "data.batch_size=2", "loop.accumulate=2")
+    one = run(world, tmp_path / "one", *overrides, "data.batch_size=4", "loop.gradient_checkpointing=true")
+    assert accumulated == pytest.approx(one, rel=1e-4)
+
+
+def test_sharding_equals_one_process(world: dict[str, Path], tmp_path: Path) -> None:
+    overrides = ("data.batch_size=2", "loop.steps=3", "evaluate.every=3", f"data.dev={world['dev']}", *QUIET)
+    subprocess.run(
+        command(world, tmp_path / "two", *overrides, "loop.fsdp=true", processes=2),
+        env=environment(), check=True, capture_output=True,
+    )  # fmt: skip
+    one = run(world, tmp_path / "one", *overrides, "data.batch_size=4")
+    assert curve(tmp_path / "two") == pytest.approx(one, rel=1e-4)
+    a, b = (load_model(tmp_path / name / "last.safetensors", device="cpu") for name in ("one", "two"))
+    assert torch.allclose(a.decoder.token_embedding.weight, b.decoder.token_embedding.weight, atol=1e-3)
+
+
+def test_killed_and_resumed_gives_the_same_curve(
+    world: dict[str, Path], unbroken: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    overrides = ("loop.steps=8", "loop.save_every=2")
+    # it would go on for much longer, but gets no chance to end in order
+    process = subprocess.Popen(
+        command(world, tmp_path, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(curve_so_far(tmp_path)) >= 3, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run(world, tmp_path, *overrides, "resume=auto") == unbroken[1]
+    assert curve(tmp_path, "gate/noisy") == curve(unbroken[0], "gate/noisy")
+
+
+def curve_so_far(out: Path) -> list[str]:
+    return [line for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def wait_for(condition: Any, process: subprocess.Popen[Any] | None = None, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_exits(world: dict[str, Path], unbroken: tuple[Path, list[float]], tmp_path: Path) -> None:
+    def terminate() -> None:
+        wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(curve_so_far(tmp_path)) >= 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    code = train.main(arguments(world, tmp_path, "loop.steps=8"))
+    thread.join()
+    assert code == train.STOPPED
+    done = len(curve(tmp_path))
+    assert 2 <= done < 8
+    assert [path.name for path in tmp_path.glob("checkpoint-*.pt")] == [f"checkpoint-{done:07d}.pt"]
+    assert run(world, tmp_path, "loop.steps=8", "resume=auto") == unbroken[1]
+
+
+def test_a_run_is_not_overwritten(world: dict[str, Path], unbroken: tuple[Path, list[float]], capsys: Any) -> None:
+    assert train.main(arguments(world, unbroken[0])) == 1
+    assert "resume=auto" in capsys.readouterr().err
+
+
+def test_resume_on_other_devices(world: dict[str, Path], tmp_path: Path) -> None:
+    overrides = ("data.batch_size=2", "evaluate.every=0", *QUIET)
+    whole = run(world, tmp_path / "whole", *overrides, "data.batch_size=4")
+    run(world, tmp_path / "part", *overrides, "data.batch_size=4", "loop.steps=4", "loop.save_every=2", "loop.keep=9")
+    (tmp_path / "part/checkpoint-0000004.pt").unlink()
+    subprocess.run(
+        command(world, tmp_path / "part", *overrides, "resume=auto", processes=2),
+        env=environment(), check=True, capture_output=True,
+    )  # fmt: skip
+    assert curve(tmp_path / "part") == pytest.approx(whole, rel=1e-4)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
+    """The objective becomes NaN at these calls."""
+    original, count = Student.score, iter(range(10**9))
+
+    def score(self: Student, *args: Any) -> Any:
+        loss, report = original(self, *args)
+        return (loss * float("nan") if next(count) in calls else loss), report
+
+    monkeypatch.setattr(Student, "score", score)
+
+
+def test_a_step_that_is_not_finite_is_skipped(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, range(1, 2))
+    run(world, tmp_path / "a", "loop.steps=3")
+    assert [line["skipped"] for line in records(tmp_path / "a", "skipped")] == [0, 1, 1]
+    model = load_model(tmp_path / "a/last.safetensors", device="cpu")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_many_such_steps_end_the_run(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    poison(monkeypatch, range(1, 100))
+    assert train.main(arguments(world, tmp_path, "loop.steps=20", "loop.max_bad_steps=3")) == 1
+    assert "3 steps in a row" in capsys.readouterr().err
+    assert len(curve(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("frozen", [["encoder", "primary"], ["encoder"], ["secondary"]])
+def test_freezing_changes_only_the_rest(world: dict[str, Path], tmp_path: Path, frozen: list[str]) -> None:
+    run(world, tmp_path, "loop.steps=2", f"freeze=[{', '.join(frozen)}]")
+    state = torch.load(tmp_path / "checkpoint-0000002.pt", weights_only=True)["student"]
+    start = load_model(world["model"], device="cpu").state_dict()
+    changed = {name.removeprefix("model.") for name in state if "model." in name}
+    changed = {name for name in changed if name in start and not torch.equal(state[f"model.{name}"], start[name])}
+    parts = {name.split(".")[0] for name in changed}
+    assert parts == {"encoder", "decoder"} - {"decoder" if part == "primary" else part for part in frozen}
+    gate = state["model.decoder.blocks.0.gate.2.weight"]
+    assert bool(gate.any()) == ("secondary" not in frozen)
+
+
+def test_distillation_to_fewer_layers(world: dict[str, Path], tmp_path: Path) -> None:
+    losses = run(world, tmp_path, "model.decoder_layers=[0, 2]", "loop.steps=6")
+    model = load_model(tmp_path / "last.safetensors", device="cpu")
+    assert (model.dims.n_text_layer, model.dims.n_audio_layer) == (2, 3)
+    assert losses[-1] < losses[0]
+
+
+def test_shrunk_layers_are_the_chosen_ones(world: dict[str, Path]) -> None:
+    model = load_model(world["model"], device="cpu")
+    small = shrink(model, None, [2, 0])
+    assert torch.equal(small.decoder.blocks[0].mlp[0].weight, model.decoder.blocks[2].mlp[0].weight)
+    assert torch.equal(small.decoder.blocks[1].mlp[0].weight, model.decoder.blocks[0].mlp[0].weight)
+    assert torch.equal(small.encoder.conv1.weight, model.encoder.conv1.weight)
+
+
+def test_single_branch(world: dict[str, Path], tmp_path: Path) -> None:
+    run(world, tmp_path, "model.dual=false", "objective.gate=0", "loop.steps=2")
+    assert load_model(tmp_path / "last.safetensors", device="cpu").dual is None
+    assert "gate/noisy" not in records(tmp_path)[0]
+
+
+def test_variable_context_is_recorded(world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, original = [], Teacher.forward
+    monkeypatch.setattr(
+        Teacher, "forward", lambda self, inputs: heard.append(inputs.mel.shape[-1]) or original(self, inputs)
+    )
+    write = world["train"].parent / "short.jsonl"
+    lines = world["train"].read_text().splitlines()
+    write.write_text("\n".join(sorted(lines, key=lambda line: json.loads(line)["duration"])[:2]) + "\n")
+    run(
+        world, tmp_path, "loop.variable_ctx=0.5", "loop.ctx_multiple=10", "loop.steps=8", "data.batch_size=1",
+        f"data.train={write}", "augment.speed_prob=0",
+    )  # fmt: skip
+    assert 200 in heard and min(heard) < 200 and all(n % 20 == 0 for n in heard)
+    assert load_model(tmp_path / "last.safetensors", device="cpu").variable_audio_ctx
+
+
+def test_bad_data_is_skipped_and_named(world: dict[str, Path], tmp_path: Path) -> None:
+    folder = world["train"].parent
+    write_wav(folder / "long.wav", np.random.default_rng(0).standard_normal(40 * 16000) * 0.1)
+    (folder / "broken.wav").write_bytes(b"RIFF nothing that could be decoded")
+    extra = [
+        {"audio": "missing.wav", "duration": 1.0, "text": "one"},
+        {"audio": "long.wav", "duration": 40.0, "text": "one"},
+        {"audio": "broken.wav", "duration": 1.0, "text": "one"},
+    ]
+    manifest = folder / "bad.jsonl"
+    manifest.write_text(world["train"].read_text() + "\n".join(json.dumps(line) for line in extra) + "\nnot json\n")
+    run(world, tmp_path, f"data.train={manifest}", "loop.steps=6")
+    dropped = {Path(json.loads(line)["what"]).name for line in (tmp_path / "dropped.jsonl").read_text().splitlines()}
+    assert dropped == {"missing.wav", "long.wav", "broken.wav", "bad.jsonl:16"}
+    assert records(tmp_path)[-1]["dropped"] == 4
+
+
+def test_an_empty_manifest_stops_at_once(world: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert train.main(arguments(world, tmp_path / "out", f"data.train={tmp_path / 'empty.jsonl'}")) == 1
+    error = capsys.readouterr().err
+    assert "empty" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run(world: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    assert train.main(arguments(world, tmp_path / "out", "dry_run=true", "loop.steps=1000")) == 0
+    shown = capsys.readouterr().out
+    assert "step 2:" in shown and "step 3:" not in shown and "samples/s" in shown and "GiB of memory" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_says_what_to_lower(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Student, "score", fail)
+    assert train.main(arguments(world, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "data.batch_size (now 4" in error and "gradient_checkpointing" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.learning_rate=1", "unknown key optim.learning_rate"),
+        ("model.name=/nowhere.pt", "/nowhere.pt"),
+        ("resume=/nowhere.pt", "no checkpoint at /nowhere.pt"),
+        ("loop.precision=fp16", "needs a GPU"),
+        ("model.decoder_layers=[0, 7]", "layers 0 to 2"),
+        ("loop.fsdp=true", "torchrun"),
+    ],
+)
+def test_errors_are_one_line(world: dict[str, Path], tmp_path: Path, capsys: Any, override: str, told: str) -> None:
+    assert train.main(arguments(world, tmp_path / "out", override)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train: error: ") and told in error and error.count("\n") == 1
