@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, load_audio
 from .errors import DataError, DawhisperError, OptionError
-from .noise import to_int16
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
 SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
@@ -223,6 +222,13 @@ def decode_audio(utterance: Utterance) -> np.ndarray:
     if not audio.any():
         raise DataError("silent: every sample is zero")
     return to_int16(audio)
+
+
+def to_int16(audio: np.ndarray) -> np.ndarray:
+    """Float audio in [-1, 1] -> int16, rounded and clipped; int16 stays as it is."""
+    if audio.dtype == np.int16:
+        return audio
+    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def _has_nan(u: Utterance) -> bool:
@@ -756,7 +762,7 @@ class MemoryLoader(Loader):
         self._offsets = lengths.cumsum(0) - lengths
         try:
             self._audio = torch.from_numpy(np.concatenate(clips)).to(self.device)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise OptionError(
                 f"{self.hours:.1f} hours of audio do not fit on {self.device}: leave in_memory off"
             ) from None

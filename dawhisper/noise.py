@@ -12,7 +12,6 @@ torchaudio's `add_noise` measures over the whole clip, pauses included, so it is
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -26,8 +25,9 @@ import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
-from .audio import N_SAMPLES, SAMPLE_RATE, load_audio
-from .errors import DataError, DawhisperError, OptionError
+from .audio import N_SAMPLES, SAMPLE_RATE
+from .data import Utterance, decode_audio, read_manifest, to_int16
+from .errors import DataError, OptionError
 
 FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause
@@ -116,11 +116,18 @@ def colored_noise(
     return (white / white.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-10)).view(*shape)
 
 
-def babble(speech: Tensor, lengths: Tensor, generator: torch.Generator, talkers: tuple[int, int] = (3, 8)) -> Tensor:
+def babble(
+    speech: Tensor,
+    lengths: Tensor,
+    generator: torch.Generator,
+    talkers: tuple[int, int] = (3, 8),
+    rows: Tensor | None = None,
+) -> Tensor:
     """For each clip a babble of the other clips of the batch, never of itself.
 
-    speech [B, S], lengths [B] -> [B, S], unit power. Each of the talkers (between the two bounds, both counted) is
-    another clip, looped from a random place. With fewer clips than talkers a clip is heard more than once.
+    speech [B, S], lengths [B] -> [B, S], unit power; with `rows` (int64, on the device) only theirs. Each of the
+    talkers (between the two bounds, both counted) is another clip, looped from a random place. With fewer clips than
+    talkers a clip is heard more than once.
     Raises OptionError when B is 1: use `NoiseBank.babble`.
     """
     batch, n_samples = speech.shape
@@ -133,9 +140,11 @@ def babble(speech: Tensor, lengths: Tensor, generator: torch.Generator, talkers:
     start = torch.rand(batch, talkers[1], generator=generator)
     levels = _talker_levels(batch, talkers, generator).to(speech.device)
     who, start = others[:, columns].to(speech.device), start.to(speech.device)
+    if rows is not None:
+        who, start, levels = who[rows], start[rows], levels[rows]
     rms = mean_power(speech, length_mask(lengths, n_samples)).sqrt().clamp(min=1e-5)
     time = torch.arange(n_samples, device=speech.device)
-    total = torch.zeros_like(speech)
+    total = torch.zeros(len(who), n_samples, device=speech.device)
     for k in range(talkers[1]):
         period = lengths[who[:, k]].clamp(min=1)[:, None]
         position = (time + (start[:, k : k + 1] * period).long()) % period
@@ -320,25 +329,25 @@ class NoiseBank:
         max_hours: float = 12.0,
         workers: int | None = None,
     ) -> NoiseBank:
-        """Read a manifest (JSONL with "audio"), a folder with a manifest.jsonl, a folder of audio, or several of them.
+        """Read a manifest, a shard, a folder with either, a folder of audio, or several of them.
 
         trim_silence: drop the 20 ms frames 60 dB or more below the file's loudest one (noise files are often padded
         with zeros). Set it to False for impulse responses. Unreadable files are named in `skipped`.
         Raises DataError when nothing can be read, or when it is more than `max_hours` (it all lies in memory).
         """
         sources = [source] if isinstance(source, (str, os.PathLike)) else source
-        files = [file for one in sources for file in audio_files(one)]
+        found = [recording for one in sources for recording in recordings(one)]
         clips: list[np.ndarray] = []
         names: list[str] = []
         skipped: list[tuple[str, str]] = []
         total = 0.0
         with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-            for path, (clip, why) in zip(files, pool.map(lambda f: _read_noise(f, trim_silence), files)):
+            for recording, (clip, why) in zip(found, pool.map(lambda r: _read_noise(r, trim_silence), found)):
                 if clip is None:
-                    skipped.append((str(path), why))
+                    skipped.append((recording.name, why))
                     continue
                 clips.append(clip)
-                names.append(str(path))
+                names.append(recording.name)
                 total += len(clip) / SAMPLE_RATE / 3600
                 if total > max_hours:
                     pool.shutdown(cancel_futures=True)
@@ -399,45 +408,33 @@ class NoiseBank:
         return self.data[position].float() / 32768 * (tap < length[:, None]).to(self.data.device)
 
 
-def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Float audio in [-1, 1] -> int16, rounded and clipped; int16 stays as it is."""
-    if audio.dtype == np.int16:
-        return audio
-    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
-
-
-def audio_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The audio files of a manifest, of a folder (of its manifest.jsonl, else all in it, sorted), or one file."""
+def recordings(source: str | os.PathLike[str]) -> list[Utterance]:
+    """What a manifest, a shard, a folder with either, a folder of audio (sorted) or one audio file holds."""
     path = Path(source)
-    if path.is_dir() and (path / "manifest.jsonl").is_file():
-        path = path / "manifest.jsonl"
-    if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
-    if not path.is_file():
+    if path.is_file() and path.suffix.lower() in AUDIO_SUFFIXES:
+        return [Utterance(str(path))]
+    if path.is_dir() and not (path / "manifest.jsonl").is_file() and not any(path.glob("*.tar")):
+        return [Utterance(str(file)) for file in audio_files(path)]
+    if not path.exists():
         raise DataError(f"no such file or folder: {path}")
-    if path.suffix.lower() in AUDIO_SUFFIXES:
-        return [path]
-    try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        return [path.parent / line["audio"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path} is not a manifest (one JSON object with "audio" a line): {error}') from None
+    return read_manifest(path)
 
 
-def _read_noise(path: Path, trim: bool) -> tuple[np.ndarray | None, str]:
+def audio_files(folder: Path) -> list[Path]:
+    """All audio files below a folder, sorted."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
+
+
+def _read_noise(recording: Utterance, trim: bool) -> tuple[np.ndarray | None, str]:
     try:
-        audio = load_audio(path)
-    except (DawhisperError, OSError, ValueError) as error:
+        audio = decode_audio(recording)
+    except DataError as error:
         return None, str(error)
-    if not np.isfinite(audio).all():
-        return None, "not a number (NaN) in the audio"
     if trim:
         frames = np.pad(audio, (0, -len(audio) % FRAME)).reshape(-1, FRAME)
         power = np.square(frames, dtype=np.float32).mean(-1)
-        audio = frames[power > power.max(initial=0.0) * 1e-6].reshape(-1)
-    if len(audio) == 0 or not np.any(audio):
-        return None, "silent"
-    return to_int16(audio / max(1.0, float(np.abs(audio).max()))), ""
+        audio = frames[power > power.max() * 1e-6].reshape(-1)
+    return audio, ""
 
 
 # ---- the training augmentation ------------------------------------------------------------------------------------
@@ -633,7 +630,7 @@ class Augment:
         if kind == "babble" and self.speech is not None:
             return self.speech.babble(count, n_samples, g, self.options.talkers).to(speech.device)
         if kind == "babble":
-            return babble(speech, lengths, g, self.options.talkers)[rows]
+            return babble(speech, lengths, g, self.options.talkers, rows)
         return colored_noise((count, n_samples), COLOURS[kind], g, speech.device)
 
     def _room(self, x: Tensor, lengths: Tensor, chosen: Tensor, g: torch.Generator) -> Tensor:

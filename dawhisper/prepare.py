@@ -38,7 +38,7 @@ from .data import (
     read_shard,
 )
 from .errors import DataError, OptionError
-from .noise import AUDIO_SUFFIXES
+from .noise import AUDIO_SUFFIXES, audio_files
 
 SPLITS = ("train", "dev", "test")
 SHARD_CODECS = ("opus", "flac")
@@ -218,8 +218,10 @@ def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterat
         for name in ("test", "dev", "train", "validated"):
             if not (folder / f"{name}.tsv").is_file():
                 continue
+            here: set[str] = set()
             for row in _rows(folder / f"{name}.tsv", "\t"):
                 speaker, path = row.get("client_id") or None, row.get("path") or ""
+                here.add(path)
                 if name in ("test", "dev"):
                     held_out.add(speaker)
                 if path in seen or (name == "validated" and seen and speaker in held_out):
@@ -231,7 +233,7 @@ def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterat
                 official = name if name != "validated" else ("train" if seen else None)
                 short = f"cv-{speaker[:12]}" if speaker else None
                 yield _item(audio, row.get("sentence"), language, short, f"commonvoice/{language}", official)
-            seen |= {row.get("path") or "" for row in _rows(folder / f"{name}.tsv", "\t")}
+            seen |= here
 
 
 def _fleurs_folders(root: Path) -> list[Path]:
@@ -291,8 +293,7 @@ def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[I
 
 def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
     """Audio files anywhere below, each with a .txt of the same name beside it; the subfolder is the speaker."""
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
-    for file in files:
+    for file in audio_files(root):
         folder = file.parent.relative_to(root).as_posix()
         below = None if folder == "." else folder
         if options.kind != "speech":

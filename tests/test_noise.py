@@ -141,6 +141,8 @@ def test_babble_is_made_of_the_others_only() -> None:
         assert at[i] < 0.02 * max(at)
         assert sum(level > 0.1 * max(at) for level in at) >= 2
     assert torch.allclose(mixed.square().mean(-1), torch.ones(4), atol=1e-3)
+    rows = torch.tensor([1, 3])
+    assert torch.allclose(babble(tones, lengths, generator(), rows=rows), mixed[rows], atol=1e-5)
     with pytest.raises(OptionError, match="two clips"):
         babble(tones[:1], lengths[:1], generator())
 
@@ -234,6 +236,8 @@ def test_bank_reads_folders_and_manifests_and_names_what_it_skips(tmp_path: Path
     (tmp_path / "m.jsonl").write_text('{"audio": "sub/b.wav"}\n{"audio": "gone.wav"}\n')
     listed = NoiseBank.from_manifest(tmp_path / "m.jsonl")
     assert len(listed) == 1 and len(listed.skipped) == 1
+    (tmp_path / "p.jsonl").write_text('{"audio": "a.wav", "start": 0.25, "end": 0.75}\n')
+    assert NoiseBank.from_manifest([tmp_path / "p.jsonl", tmp_path / "sub"]).lengths.tolist() == [8000, 16000]
     with pytest.raises(DataError, match="no readable audio"):
         NoiseBank.from_manifest(tmp_path / "broken.wav")
     with pytest.raises(DataError, match="no such file"):
