@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
+from .audio import N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 from .checkpoint import available_models, load_model
 from .errors import CheckpointError, OptionError, near_names
 
@@ -146,8 +146,11 @@ class Ours:
         return [r.text for r in results]  # type: ignore[union-attr]
 
     def mel(self, audio: Sequence[np.ndarray]) -> torch.Tensor:
-        """-> [B, n_mels, 3000] on the model's device"""
-        windows = torch.from_numpy(np.stack([pad_or_trim(x) for x in audio])).to(self.model.device)
+        """-> [B, n_mels, 3000] on the model's device; whole seconds where the model was trained without padding"""
+        length = N_SAMPLES
+        if self.model.variable_audio_ctx:
+            length = min(N_SAMPLES, -(-max(map(len, audio)) // SAMPLE_RATE) * SAMPLE_RATE)
+        windows = torch.from_numpy(np.stack([pad_or_trim(x, length) for x in audio])).to(self.model.device)
         return log_mel_spectrogram(windows, self.model.dims.n_mels)
 
     def _transcribe(self, audio: np.ndarray, language: str | None) -> str:

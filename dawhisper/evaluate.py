@@ -40,7 +40,8 @@ class EvaluateOptions:
 
     manifests: JSON lines with "audio" and "text". models: see `backends`; the first one is the baseline.
     noise, rirs: folders or manifests of recordings for the kinds real and noise-only, and of room impulse responses.
-    kinds, snrs: see `mixtures`; snrs in dB. out: folder of the results.
+    kinds, snrs: see `mixtures`; snrs in dB; no kinds: clean white babble real reverb noise-only, but not
+        real where there is no noise. out: folder of the results.
     limit: only the first utterances of each manifest (babble is still made of all of them).
     language: of all utterances; None takes each one's from the manifest, "auto" detects it.
     dtype: fp32, fp16 or bf16; None is fp16 on a GPU and fp32 elsewhere. device: "auto", "cpu", "cuda", "cuda:N".
@@ -53,7 +54,7 @@ class EvaluateOptions:
     models: Sequence[str]
     noise: Sequence[str] = ()
     rirs: Sequence[str] = ()
-    kinds: Sequence[str] = DEFAULT_KINDS
+    kinds: Sequence[str] = ()
     snrs: Sequence[float] = DEFAULT_SNRS
     out: str = "evaluation"
     seed: int = 0
@@ -82,6 +83,9 @@ class EvaluateOptions:
         if self.language not in (None, "auto"):
             language_code(str(self.language))
         metrics.normalizer(self.normalizer, None)
+        if not self.kinds:
+            made = [kind for kind in DEFAULT_KINDS if self.noise or kind != "real"]
+            object.__setattr__(self, "kinds", tuple(made))
 
 
 def run(options: EvaluateOptions) -> report.Results | None:

@@ -8,6 +8,7 @@ SNR, only louder, so that a curve over SNR shows the SNR and not the luck of the
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import wave
 from collections.abc import Collection, Sequence
@@ -94,8 +95,6 @@ def read_items(manifests: Sequence[str | Path]) -> list[list[Item]]:
             raise DataError(f"{place}: {why}; correct the line or drop it")
         for utterance in utterances:
             path = Path(utterance.audio)
-            if utterance.offset is not None:
-                raise DataError(f"{manifest}: evaluation reads audio files, not shards; unpack them")
             if not (utterance.text or "").strip():
                 raise DataError(
                     f"{manifest}: {path.name} has no text; errors are counted against it, so write it or drop it"
@@ -109,7 +108,7 @@ def read_items(manifests: Sequence[str | Path]) -> list[list[Item]]:
 
 def _name(utterance: Utterance) -> str:
     path = Path(utterance.audio)
-    name = f"{path.parent.name}/{path.name}"
+    name = f"{path.parent.name}/{path.name}" + ("" if utterance.offset is None else f"@{utterance.offset}")
     if utterance.start is None and utterance.end is None:
         return name
     return f"{name}@{utterance.start or 0:g}" + ("" if utterance.end is None else f"-{utterance.end:g}")
@@ -223,13 +222,17 @@ class Mixer:
 def read(item: Item) -> np.ndarray:
     """The samples of an utterance, float32 [n]."""
     u = item.utterance
-    return _read(str(u.audio), u.start or 0.0, u.end)
+    return _read(u.audio, u.start or 0.0, u.end, u.offset, u.size)
 
 
 @lru_cache(maxsize=512)
-def _read(path: str, start: float, end: float | None) -> np.ndarray:
+def _read(path: str, start: float, end: float | None, offset: int | None, size: int | None) -> np.ndarray:
     """Kept, as every condition and every babble asks again."""
-    return load_audio(path, start=start, end=end)
+    if offset is None:
+        return load_audio(path, start=start, end=end)
+    with Path(path).open("rb") as shard:
+        shard.seek(offset)
+        return load_audio(io.BytesIO(shard.read(size or 0)), start=start, end=end)
 
 
 def write_wav(path: Path, audio: np.ndarray) -> None:
