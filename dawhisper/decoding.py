@@ -7,7 +7,7 @@ device, and the host looks at one flag a token: whether all rows are done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -391,7 +391,7 @@ def decode_windows(model: Whisper, features: AudioFeatures, options: DecodingOpt
         languages = [max(probs, key=probs.__getitem__) for probs in language_probs]
         if options.language is None:
             tokens[:, sot_index + 1] = detected
-    probs_of = language_probs or [None] * windows
+    probs_of: Sequence[dict[str, float] | None] = language_probs or [None] * windows
     each = [AudioFeatures(*window) for window in zip(features.primary, features.secondary)]
     if options.task == "lang_id":
         return [DecodingResult(*fields) for fields in zip(each, languages, probs_of)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import gzip
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -94,8 +95,7 @@ class CrossMemory(NamedTuple):
 
     key: Tensor  # [B, h or 2h, T, e]
     value: Tensor
-    noise_key: Tensor | None  # [1, h, k, e], from the noise embeddings
-    noise_value: Tensor | None
+    noise: tuple[Tensor, Tensor] | None  # keys and values of the noise embeddings, [1, h, k, e]
 
 
 def sinusoids(length: int, channels: int, max_timescale: float = 10_000.0) -> Tensor:
@@ -151,6 +151,8 @@ class EncoderBlock(nn.Module):
 class AudioEncoder(nn.Module):
     """Log-mel spectrogram -> features. Any even number of frames up to 2 * n_audio_ctx is encoded."""
 
+    positional_embedding: Tensor
+
     def __init__(self, dims: ModelDimensions):
         super().__init__()
         d = dims.n_audio_state
@@ -167,9 +169,7 @@ class AudioEncoder(nn.Module):
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         if x.shape[1] > self.positional_embedding.shape[0]:
-            raise ValueError(
-                f"the audio has {mel.shape[-1]} frames; the encoder takes {2 * len(self.positional_embedding)}"
-            )
+            raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
         x = x + self.positional_embedding[: x.shape[1]]
         mixed: Tensor | None = None
         for layer, block in enumerate(self.blocks):
@@ -200,9 +200,9 @@ class DecoderBlock(nn.Module):
         self.cross_attn_ln = nn.LayerNorm(n_state)
         self.mlp = mlp(n_state)
         self.mlp_ln = nn.LayerNorm(n_state)
-        self.secondary_attn: MultiHeadAttention | None = None
-        self.gate: nn.Sequential | None = None
-        self.noise_scale: nn.Parameter | None = None
+        self.secondary_attn: MultiHeadAttention | None = None  # these three: see add_second_branch
+        self.gate: Any = None
+        self.noise_scale: Any = None
 
     def add_second_branch(self, dual: DualOptions) -> None:
         d = self.attn_ln.weight.numel()
@@ -220,10 +220,10 @@ class DecoderBlock(nn.Module):
         """The keys and values that the cross-attentions read, computed once for a window."""
         key, value = self.cross_attn.key_value(features.primary)
         if self.secondary_attn is None:
-            return CrossMemory(key, value, None, None)
+            return CrossMemory(key, value, None)
         key2, value2 = self.secondary_attn.key_value(features.secondary)
-        noise = (None, None) if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
-        return CrossMemory(torch.cat([key, key2], dim=1), torch.cat([value, value2], dim=1), *noise)
+        noise = None if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
+        return CrossMemory(torch.cat([key, key2], dim=1), torch.cat([value, value2], dim=1), noise)
 
     def forward(self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
         x = x + self.self_attention(self.attn_ln(x), cache, layer)
@@ -258,16 +258,11 @@ class DecoderBlock(nn.Module):
             fused = primary.out(merge(read))
         else:
             read, read2 = read.chunk(2, dim=1)
-            if self.noise_scale is not None:
-                shape = (len(q2), *memory.noise_key.shape[1:])  # type: ignore[union-attr]
-                noise = F.scaled_dot_product_attention(
-                    q2,
-                    memory.noise_key.expand(shape),
-                    memory.noise_value.expand(shape),  # type: ignore[union-attr]
-                )
-                read2 = read2 + self.noise_scale[:, None, None] * noise
+            if memory.noise is not None:
+                key, value = (x.expand(len(q2), -1, -1, -1) for x in memory.noise)
+                read2 = read2 + self.noise_scale[:, None, None] * F.scaled_dot_product_attention(q2, key, value)
             p, s = primary.out(merge(read)), secondary.out(merge(read2))
-            gate = torch.sigmoid(self.gate(torch.cat([y, p, s], dim=-1)))  # type: ignore[misc]
+            gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
             fused = s + gate * (p - s)  # a p + (1 - a) s, and exactly p where s equals p
         if trace is not None:
             trace.output[layer] = fused.view(*rows, -1)
@@ -294,7 +289,8 @@ class TextDecoder(nn.Module):
         self.gradient_checkpointing = False
 
     def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
-        return (block.memory(features, self.noise_embed) for block in self.blocks)
+        for block in self.blocks:
+            yield block.memory(features, self.noise_embed)  # type: ignore[operator]
 
     def forward(
         self,
@@ -334,15 +330,12 @@ class KVCache:
     """
 
     def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
-        self.memories = [
-            CrossMemory(*(x if x is None else x.contiguous() for x in m)) for m in decoder.memories(features)
-        ]
+        self.memories = [CrossMemory(k.contiguous(), v.contiguous(), n) for k, v, n in decoder.memories(features)]
         self.length = 0
-        key = self.memories[0].key
-        n_ctx, d = decoder.positional_embedding.shape
-        n_head = decoder.blocks[0].n_head  # type: ignore[union-attr]
-        size = (len(self.memories), 2, len(key), n_head, min(n_ctx, max_length or n_ctx), d // n_head)  # type: ignore[operator]
-        self.states = key.new_zeros(size)  # type: ignore[arg-type]
+        n_ctx = min(len(decoder.positional_embedding), max_length or sys.maxsize)
+        windows, e = features.primary.shape[0], self.memories[0].key.shape[-1]
+        n_head = decoder.positional_embedding.shape[1] // e
+        self.states = features.primary.new_zeros(len(self.memories), 2, windows, n_head, n_ctx, e)
 
     @property
     def rows(self) -> int:
@@ -378,6 +371,8 @@ class Whisper(nn.Module):
     variable_audio_ctx: trained to encode only as much as there is audio, instead of 30 s always.
     """
 
+    alignment_heads: Tensor  # [n_text_layer, n_text_head] booleans: where word times are read from
+
     def __init__(self, dims: ModelDimensions, dual: DualOptions | None = None, variable_audio_ctx: bool = False):
         super().__init__()
         self.dims = dims
@@ -385,7 +380,7 @@ class Whisper(nn.Module):
         self.variable_audio_ctx = variable_audio_ctx
         self.encoder = AudioEncoder(dims)
         self.decoder = TextDecoder(dims)
-        # the heads that word times are read from; unless a model names its own, all of the upper half, as in Whisper
+        # unless a model names its own, all heads of the upper half, as in Whisper
         heads = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)
         heads[dims.n_text_layer // 2 :] = True
         self.register_buffer("alignment_heads", heads, persistent=False)

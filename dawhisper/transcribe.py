@@ -245,7 +245,7 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
             if options.verbose:
                 print("Detecting language using up to the first 30 seconds. Use `--language` to specify the language")
             _, probs = detect_language(model, pad_or_trim(mel, N_FRAMES))
-            language = max(probs, key=probs.get)  # type: ignore[arg-type,union-attr]
+            language = max((p, code) for code, p in probs.items())[1]  # type: ignore[union-attr]
             if options.verbose is not None:
                 print(f"Detected language: {LANGUAGES[language].title()}")
     language = language_code(language)
