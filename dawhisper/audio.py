@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dawhisper.errors import AudioError, OptionError
+from .errors import AudioError, OptionError
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dawhisper.errors import CheckpointError, OptionError
-from dawhisper.model import DualOptions, ModelDimensions, Whisper
+from .errors import CheckpointError, OptionError
+from .model import DualOptions, ModelDimensions, Whisper
 
 FORMAT_VERSION = 1
 METADATA_KEY = "dawhisper"  # the safetensors metadata entry that holds the configuration
