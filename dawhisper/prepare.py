@@ -200,11 +200,26 @@ def _librispeech(root: Path, options: PrepareOptions, report: Report) -> Iterato
             yield _item(audio, text, options.language or "en", f"libri-{speaker}", subset, official)
 
 
+def _release_folders(root: Path, is_release: Callable[[Path], bool]) -> list[Path]:
+    """The folder itself, or those one or two levels below it (a release of several languages)."""
+    level = [root] if root.is_dir() else []
+    for depth in range(3):
+        found = [folder for folder in level if is_release(folder)]
+        if found or depth == 2:
+            return found
+        level = [Path(entry) for folder in level for entry in sorted(_subfolders(folder))]
+    return []
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:  # a folder of clips may have a million files
+        return [entry.path for entry in entries if entry.is_dir()]
+
+
 def _common_voice_folders(root: Path) -> list[Path]:
-    """The release's folders by language: the one given, or those below it."""
-    names = ("validated.tsv", "train.tsv")
-    places = [root, *sorted(root.glob("*")), *sorted(root.glob("*/*"))] if root.is_dir() else []
-    return [p for p in places if (p / "clips").is_dir() and any((p / n).is_file() for n in names)]
+    return _release_folders(
+        root, lambda p: (p / "clips").is_dir() and any((p / f"{n}.tsv").is_file() for n in ("validated", "train"))
+    )
 
 
 def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
@@ -237,8 +252,7 @@ def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterat
 
 
 def _fleurs_folders(root: Path) -> list[Path]:
-    places = [root, *sorted(root.glob("*")), *sorted(root.glob("*/*"))] if root.is_dir() else []
-    return [p for p in places if (p / "audio").is_dir() and any((p / f"{s}.tsv").is_file() for s in SPLITS)]
+    return _release_folders(root, lambda p: (p / "audio").is_dir() and any((p / f"{s}.tsv").is_file() for s in SPLITS))
 
 
 FLEURS_LANGUAGES = {"cmn": "zh", "fil": "tl", "nb": "no", "jv": "jw"}  # where its first part is not Whisper's code
