@@ -189,7 +189,7 @@ def _prepare_parser(commands: Any) -> None:
     add("--max-seconds", type=float, help="drop what is longer (30; noise and impulse responses an hour)")
     add("--workers", type=int, help="processes; as many as there are cores by default")
     add("--shard", type=int, default=0, metavar="N", help="pack N clips each into tar shards; 0 leaves the files alone")
-    add("--shard-codec", default="opus", choices=["opus", "flac"], help="16 kHz mono; flac decodes 5x faster, opus is smaller")
+    add("--shard-codec", default="opus", choices=["opus", "flac"], help="16 kHz mono; flac decodes 5x faster")
     add("--shard-bitrate", type=int, default=32000, help="of Opus, bits per second")
     add("--label-with", metavar="MODEL", help="write what this Whisper hears as teacher_text")
     add("--device", help="of that model: cuda or cpu; the best there is by default")
