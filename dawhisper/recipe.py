@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,22 @@ from dawhisper.model import DualOptions
 from dawhisper.noise import AugmentOptions
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: only true and false are booleans (not off, no, ...), and 1e-4 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan"),
+    list("-+0123456789."),
+)
 
 
 @dataclass(frozen=True)
@@ -216,7 +233,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise OptionError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-4")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError:
             raise OptionError(f"{override!r}: the value is not valid YAML; quote it") from None
         _set(tree, key.strip().split("."), value)
@@ -247,7 +264,7 @@ def _load_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise OptionError(f"{path}: the files' `base:` lines form a circle")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise OptionError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -315,7 +332,7 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type of the annotation, or OptionError. YAML reads 1e-4 as a string, and 1 where 1.0 is meant."""
+    """`value` as the type of the annotation, or OptionError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -343,11 +360,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
