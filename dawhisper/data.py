@@ -1,29 +1,17 @@
 """Training data: manifests and tar shards -> batches of audio with Whisper's target tokens, on the device.
 
-A manifest is a JSONL file, one utterance a line: "audio" (a path relative to the manifest), "duration" in seconds, and
-where known "text", "language", "speaker", "source", "start"/"end" (a part of the file), "teacher_text" and
-"teacher_language" (what a Whisper hears in the clean clip). A shard is a tar of audio files, each followed by a .json
-of the same keys; a manifest may point into shards by "offset" and "size".
-
 The order of the samples is one endless stream that depends only on the seed and the manifests: position p belongs to
 epoch p // N. A run's place in it is one number, so it can be resumed bit for bit, and on any number of ranks.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import signal
-import tarfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from difflib import SequenceMatcher
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,407 +19,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, load_audio
-from .errors import DataError, DawhisperError, OptionError
+from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
+from .errors import DataError, OptionError
+from .manifest import MAX_SECONDS, MIN_SECONDS, SLACK_SECONDS, Report, Utterance, read_audio, read_manifest
+from .targets import IGNORE, Target, TargetOptions, Targets
 
-MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
-SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
+__all__ = [
+    "Batch",
+    "Loader",
+    "Order",
+    "Report",
+    "TargetOptions",
+    "Targets",
+    "Utterance",
+    "make_loader",
+    "read_audio",
+    "read_manifest",
+    "silence_targets",
+]
+
 PAD_SAMPLES = SAMPLE_RATE // 2  # batches are padded to whole half seconds: few shapes, and fast FFTs
 PAD_TOKENS = 8
-IGNORE = -100  # a label without loss
 POOL_BLOCKS = 32  # global batches that are sorted by length together
-NO_SPACE_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})  # written without spaces between words
-TEXT_STYLES = ("keep", "lower", "teacher")
-
-
-# ---- manifests ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One line of a manifest."""
-
-    audio: str  # path of the audio file, or of the shard it lies in
-    text: str | None = None
-    duration: float = 0.0  # seconds
-    language: str | None = None
-    speaker: str | None = None
-    start: float | None = None  # seconds into the file
-    end: float | None = None
-    source: str | None = None
-    teacher_text: str | None = None
-    teacher_language: str | None = None
-    offset: int | None = None  # bytes into the shard
-    size: int | None = None  # bytes
-
-    @property
-    def name(self) -> str:
-        """What to call it in a report."""
-        if self.offset is not None:
-            return f"{self.audio}@{self.offset}"
-        return self.audio if self.start is None else f"{self.audio}[{self.start:g}-{self.end or 0:g}]"
-
-
-class Report:
-    """What was skipped, and why: each thing once, however often it was met. Iterates as (what, why)."""
-
-    def __init__(self) -> None:
-        self._items: dict[tuple[str, str], None] = {}
-
-    def add(self, what: str, why: str) -> None:
-        self._items[what, why] = None
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(self._items)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many things for each kind of reason (the words before the first colon), most frequent first."""
-        return dict(Counter(why.split(":")[0] for _, why in self).most_common())
-
-    def __str__(self) -> str:
-        if not self._items:
-            return "nothing skipped"
-        return f"{len(self)} skipped: " + ", ".join(f"{count} {why}" for why, count in self.counts.items())
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """One JSON object a line: {"what": ..., "why": ...}; the file is replaced whole."""
-        lines = [json.dumps({"what": what, "why": why}, ensure_ascii=False) for what, why in self]
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        temporary.replace(path)
-
-
-def read_manifest(path: str | os.PathLike[str], report: Report | None = None) -> list[Utterance]:
-    """The utterances of a manifest, of a list of shards, of one tar shard, or of a folder: its manifest.jsonl, or tars.
-
-    Lines that can't be used go to the report. Raises DataError when there is no such file or nothing is left.
-    """
-    path, report = Path(path), Report() if report is None else report
-    parts = [path]
-    if path.is_dir():
-        parts = [path / "manifest.jsonl"] if (path / "manifest.jsonl").is_file() else sorted(path.glob("*.tar"))
-        named = sorted(f.name for f in path.glob("*.jsonl") if not f.name.startswith("."))
-        if not parts or (named and parts[0].suffix == ".tar"):
-            hint = f"name one of its manifests: {', '.join(named)}" if named else "make one with dawhisper prepare"
-            raise DataError(f"{path} has no manifest.jsonl; {hint}")
-    elif not path.is_file():
-        raise DataError(f"no such manifest: {path}; make one with dawhisper prepare")
-    utterances = [u for part in parts for u in _read_file(part, report)]
-    if not utterances:
-        raise DataError(f"{path} is empty" + (f" ({report})" if len(report) else "") + ": nothing to train on")
-    return utterances
-
-
-def _read_file(path: Path, report: Report) -> list[Utterance]:
-    if path.suffix == ".tar":
-        return read_shard(path, report)
-    utterances = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    values = json.loads(line)
-                    if isinstance(values, dict) and isinstance(values.get("shard"), str):
-                        utterances += read_shard(path.parent / values["shard"], report)
-                    else:
-                        utterances.append(_utterance(values, path.parent))
-                except (ValueError, TypeError) as error:
-                    report.add(f"{path}:{number}", f"not a manifest line: {error}")
-    return utterances
-
-
-_FIELD_TYPES: dict[str, type] = {
-    **{f.name: str for f in fields(Utterance)},
-    **dict.fromkeys(("duration", "start", "end"), float),
-    **dict.fromkeys(("offset", "size"), int),
-}
-
-
-def _utterance(line: Any, folder: Path) -> Utterance:
-    if not isinstance(line, dict) or not isinstance(line.get("audio"), str):
-        raise ValueError('no "audio"')
-    known = {key: kind(line[key]) for key, kind in _FIELD_TYPES.items() if line.get(key) is not None}
-    known["audio"] = os.path.normpath(folder / known["audio"])
-    return Utterance(**known)
-
-
-def read_shard(path: Path, report: Report) -> list[Utterance]:
-    """The utterances of a tar shard, by its own .json members; what stands before a damaged place is kept."""
-    places: dict[str, tuple[int, int]] = {}  # key -> offset and size of the audio
-    lines: dict[str, Any] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = path.stat().st_size
-            for member in tar:
-                key, _, suffix = member.name.rpartition(".")
-                if not member.isfile() or not key:
-                    continue
-                if member.offset_data + member.size > end:
-                    raise tarfile.ReadError("cut off")
-                if suffix == "json":
-                    file = tar.extractfile(member)
-                    lines[key] = json.loads(file.read()) if file else {}
-                else:
-                    places[key] = (member.offset_data, member.size)
-    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-        report.add(str(path), f"damaged shard: {error}")
-    utterances = []
-    for key, (offset, size) in places.items():
-        try:
-            place = {"audio": path.name, "offset": offset, "size": size}
-            utterances.append(_utterance({**lines[key], **place}, path.parent))
-        except (KeyError, ValueError, TypeError):
-            report.add(f"{path}/{key}", "no .json with its values beside it in the shard")
-    return utterances
-
-
-# ---- audio --------------------------------------------------------------------------------------------------------
-
-
-def read_audio(utterance: Utterance) -> np.ndarray:
-    """Decode an utterance to train on -> int16 [n] at 16 kHz. Raises DataError (it says why) when it can't be used."""
-    audio = decode_audio(utterance)
-    seconds = len(audio) / SAMPLE_RATE
-    if seconds > MAX_SECONDS + SLACK_SECONDS:
-        raise DataError(f"longer than {MAX_SECONDS:g} s: {seconds:.1f} s")
-    if seconds < MIN_SECONDS:
-        raise DataError(f"shorter than {MIN_SECONDS:g} s: {seconds:.2f} s")
-    if seconds < 0.9 * utterance.duration - 0.5:
-        raise DataError(f"cut off: {seconds:.1f} s of the {utterance.duration:.1f} s in the manifest")
-    return audio[: int(MAX_SECONDS * SAMPLE_RATE)]
-
-
-def decode_audio(utterance: Utterance) -> np.ndarray:
-    """Decode an utterance of any length -> int16 [n] at 16 kHz. Raises DataError when it is no sound."""
-    u = utterance
-    if not Path(u.audio).is_file():
-        raise DataError("missing file: check the path in the manifest")
-    try:
-        audio = load_audio(_source(u), start=u.start or 0.0, end=u.end)
-        broken = audio.min() == -1.0 and _has_nan(u)
-    except DawhisperError as error:
-        raise DataError(f"does not decode: {error}") from None
-    except Exception as error:  # a decoder may raise anything on a damaged file, and a run must go on
-        raise DataError(f"does not decode: {type(error).__name__}: {error}") from None
-    if broken:
-        raise DataError("NaN audio: not a number in the samples")
-    if not audio.any():
-        raise DataError("silent: every sample is zero")
-    return to_int16(audio)
-
-
-def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Float audio in [-1, 1] -> int16, rounded and clipped; int16 stays as it is."""
-    if audio.dtype == np.int16:
-        return audio
-    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
-
-
-def _has_nan(u: Utterance) -> bool:
-    """Is there NaN or infinity in a file of floats? Decoding turns these into the lowest value, -1."""
-    import av
-
-    with av.open(_source(u), "r", metadata_errors="ignore") as container:
-        stream = container.streams.audio[0]
-        if not stream.codec_context.name.startswith("pcm_f"):
-            return False
-        return not all(np.isfinite(frame.to_ndarray()).all() for frame in container.decode(stream))
-
-
-def _source(u: Utterance) -> str | io.BytesIO:
-    return u.audio if u.offset is None else _read_member(u)
-
-
-def _read_member(u: Utterance) -> io.BytesIO:
-    try:
-        with Path(u.audio).open("rb") as file:
-            file.seek(u.offset or 0)
-            data = file.read(u.size or 0)
-    except OSError as error:
-        raise DataError(str(error.strerror or error)) from None
-    if len(data) != u.size or not data:
-        raise DataError("the shard is cut off")
-    return io.BytesIO(data)
-
-
-# ---- targets ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """How text becomes decoder targets; the first three are the model's.
-
-    text_style: "keep"; "lower"; "teacher": the spelling (case, punctuation) of teacher_text where it agrees with the
-        text after Whisper's normalisation, otherwise the text, lower-cased if it is all upper case.
-    labels: "text" takes teacher_text only where there is no usable text; "teacher" always takes teacher_text.
-    timestamps: share of the targets with time stamps. prompt: share that has the previous text as a prompt.
-    language: for utterances that don't say theirs. task: "transcribe" or "translate".
-    require_text: leave out what would have no target; otherwise it is kept, without labels.
-    """
-
-    multilingual: bool = True
-    num_languages: int = 99
-    n_text_ctx: int = 448
-    text_style: str = "keep"
-    labels: str = "text"
-    timestamps: float = 0.5
-    prompt: float = 0.2
-    language: str | None = None
-    task: str = "transcribe"
-    require_text: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("text_style", TEXT_STYLES),
-            ("labels", ("text", "teacher")),
-            ("task", ("transcribe", "translate")),
-        ):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("timestamps", "prompt"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"{name} is a share between 0 and 1, not {getattr(self, name)}")
-        if self.language is not None and whisper_language(self.language, self.num_languages) is None:
-            raise OptionError(f"Whisper does not know the language {self.language!r}")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One utterance's decoder input and labels (lists of the same length), and the places of its prefix."""
-
-    tokens: list[int]
-    labels: list[int]
-    sot: int  # index of <|startoftranscript|> in tokens
-    begin: int  # index of the last token before the text: <|notimestamps|> or <|0.00|>
-    has_text: bool
-
-
-def whisper_language(code: str | None, num_languages: int = 99) -> str | None:
-    """Whisper's code for a language tag or English name ("zh-CN", "Azerbaijani"); None where Whisper has none."""
-    from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
-
-    known = list(LANGUAGES)[:num_languages]
-    name = (code or "").strip().lower().replace("_", "-")
-    if name in ("zh-hk", "yue") and "yue" in known:
-        return "yue"
-    for candidate in (name, TO_LANGUAGE_CODE.get(name, ""), name.split("-")[0]):
-        if candidate in known:
-            return candidate
-    return None
-
-
-class Targets:
-    """Makes targets as Whisper was trained: prompt, language and task tokens, text with or without time stamps."""
-
-    def __init__(self, options: TargetOptions):
-        self.options = options
-        self.tokenizer = _tokenizer(options.multilingual, options.num_languages, "en", options.task)
-
-    def choose(self, u: Utterance) -> tuple[str, str, bool] | None:
-        """(text, Whisper's language, does it come from a transcript); None when there is nothing to learn from."""
-        o = self.options
-        language = self._language(u.language) or (self._language(o.language) if u.language is None else None)
-        if o.labels == "text" and u.text and u.text.strip() and language:
-            return styled_text(u, o.text_style, language), language, True
-        heard = self._language(u.teacher_language) or language
-        if u.teacher_text and u.teacher_text.strip() and heard:
-            return u.teacher_text.strip(), heard, False
-        return None
-
-    def __call__(
-        self, u: Utterance, n_samples: int, rng: np.random.Generator, previous: Utterance | None = None
-    ) -> Target:
-        """The target of a clip of n_samples. Raises DataError when the text is too long for the decoder."""
-        o, tokenizer = self.options, self.tokenizer
-        draw_time, draw_prompt = rng.random(2)  # both are always drawn: one option does not change the other's draws
-        stamped = bool(draw_time < o.timestamps)
-        chosen = self.choose(u)
-        language = chosen[1] if chosen else (self._language(u.language) or self._language(o.language) or "en")
-        prefix = list(_tokenizer(o.multilingual, o.num_languages, language, o.task).sot_sequence)
-        prefix.append(tokenizer.timestamp_begin if stamped else tokenizer.no_timestamps)
-        if chosen is None:
-            return Target(prefix, [IGNORE] * len(prefix), 0, len(prefix) - 1, False)
-        body = self.encode(chosen[0], language)
-        if stamped:
-            body.append(tokenizer.timestamp_begin + round(n_samples / N_SAMPLES_PER_TOKEN))
-        body.append(tokenizer.eot)
-        room = o.n_text_ctx + 1 - len(prefix) - len(body)
-        if room < 0:
-            raise DataError(f"text too long: {len(body)} tokens, the decoder takes {o.n_text_ctx}")
-        prompt: list[int] = []
-        before = self.choose(previous) if previous is not None and draw_prompt < o.prompt else None
-        if before is not None and room > 1:
-            prompt = self.encode(before[0], before[1])[-min(room - 1, o.n_text_ctx // 2 - 1) :]
-            prompt.insert(0, tokenizer.sot_prev)
-        full = prompt + prefix + body
-        labels = [IGNORE] * len(prompt) + full[len(prompt) + 1 :]
-        return Target(full[:-1], labels, len(prompt), len(prompt) + len(prefix) - 1, chosen[2])
-
-    def encode(self, text: str, language: str) -> list[int]:
-        """Text -> token ids, with the leading space that Whisper's texts have."""
-        space = "" if language in NO_SPACE_LANGUAGES else " "
-        return self.tokenizer.encode(space + text.strip())
-
-    def _language(self, code: str | None) -> str | None:
-        known = whisper_language(code, self.options.num_languages)
-        if self.options.multilingual:
-            return known
-        return "en" if known == "en" or code is None else None  # an English-only model can't write the others
-
-
-@lru_cache(maxsize=256)
-def _tokenizer(multilingual: bool, num_languages: int, language: str, task: str) -> Any:
-    from whisper.tokenizer import get_tokenizer
-
-    if not multilingual:
-        return get_tokenizer(False)
-    return get_tokenizer(True, num_languages=num_languages, language=language, task=task)
-
-
-def styled_text(u: Utterance, style: str, language: str) -> str:
-    """The utterance's text in one of TEXT_STYLES."""
-    text = (u.text or "").strip()
-    if style == "keep":
-        return text
-    plain = lower(text, language) if style == "lower" or text == text.upper() else text
-    if style == "lower" or not u.teacher_text:
-        return plain
-    normalise = _normaliser(language == "en")
-    if normalise(text) == normalise(u.teacher_text):
-        return u.teacher_text.strip()
-    return _merge_spelling(plain.split(), u.teacher_text.split(), language == "en")
-
-
-def lower(text: str, language: str) -> str:
-    """Lower case; Turkish and Azerbaijani tell the dotted from the dotless i."""
-    if language in ("tr", "az"):
-        text = text.replace("İ", "i").replace("I", "ı")
-    return text.lower()
-
-
-def _merge_spelling(words: list[str], teacher: list[str], english: bool) -> str:
-    """The words, each spelt as the teacher does where the two agree after normalisation."""
-    keys = [[_normal_word(w, english) for w in side] for side in (words, teacher)]
-    out = list(words)
-    for i, j, n in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks():
-        out[i : i + n] = teacher[j : j + n]
-    return " ".join(out)
-
-
-@lru_cache(maxsize=2)
-def _normaliser(english: bool) -> Any:
-    from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
-
-    return EnglishTextNormalizer() if english else BasicTextNormalizer()
-
-
-@lru_cache(maxsize=50_000)
-def _normal_word(word: str, english: bool) -> str:
-    return _normaliser(english)(word).strip()
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import torchaudio.functional as AF
 from torch import Tensor
 
 from .audio import N_SAMPLES, SAMPLE_RATE
-from .data import Utterance, decode_audio, read_manifest, to_int16
 from .errors import DataError, OptionError
+from .manifest import Utterance, decode_audio, read_manifest, to_int16
 
 FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause

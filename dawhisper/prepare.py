@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, pad_or_trim
-from .data import (
+from .errors import DataError, OptionError
+from .manifest import (
     MAX_SECONDS,
     MIN_SECONDS,
     SLACK_SECONDS,
@@ -37,7 +38,6 @@ from .data import (
     read_manifest,
     read_shard,
 )
-from .errors import DataError, OptionError
 from .noise import AUDIO_SUFFIXES, audio_files
 
 SPLITS = ("train", "dev", "test")
@@ -560,8 +560,8 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
 
     from .audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram
     from .checkpoint import load_model
-    from .data import whisper_language
     from .decoding import DecodingOptions, decode
+    from .targets import whisper_language
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(str(options.label_with), device=device)

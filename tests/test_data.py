@@ -16,25 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from dawhisper.data import (
-    IGNORE,
-    Batch,
-    Loader,
-    Order,
-    Report,
-    TargetOptions,
-    Targets,
-    Utterance,
-    follows,
-    lower,
-    make_loader,
-    read_audio,
-    read_manifest,
-    silence_targets,
-    styled_text,
-    whisper_language,
-)
+from dawhisper.data import Batch, Loader, Order, follows, make_loader, silence_targets
 from dawhisper.errors import DataError, OptionError
+from dawhisper.manifest import Report, Utterance, read_audio, read_manifest
+from dawhisper.targets import IGNORE, TargetOptions, Targets, lower, styled_text, whisper_language
 
 RATE = 16000
 PLAIN = TargetOptions(timestamps=0.0, prompt=0.0)
