@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="a recipe, for example configs/base_noise.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, for example optim.lr=1e-4")
     options = parser.parse_args(arguments)
-    world = None
+    world: World | None = None
     try:
         recipe = read_recipe(options.config, options.overrides)
         world = World.join(recipe.device)
@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DawhisperError as error:
         print(f"train: error: {error}", file=sys.stderr, flush=True)
         return 1
+    except torch.OutOfMemoryError:
+        print(f"train: error: {out_of_memory(recipe)}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
         if world is not None:
             world.leave()
@@ -84,7 +89,7 @@ def train(recipe: Recipe, world: World) -> int:
     """Run the recipe to its end; the exit code."""
     loop, out = recipe.loop, Path(recipe.out)
     amp = autocast_dtype(loop.precision, world.device)
-    set_numerics(recipe, world)
+    set_numerics(recipe)
     resumed = find_snapshot(recipe, out)
 
     model, teacher = build(recipe, world.device, amp)
@@ -115,26 +120,23 @@ def train(recipe: Recipe, world: World) -> int:
     while progress.step < steps:
         step = progress.step
         log.go_on()
-        try:
-            micro_batches = feed.step(step)
-            counts = world.sum(torch.stack([count(inputs) for inputs in micro_batches]).sum(0)) / world.size
-            set_rate(optimizer, rate_factor(step, loop.steps, recipe.optim.warmup, recipe.optim.final))
-            finite = torch.ones((), device=world.device)
-            for inputs in micro_batches:
-                with synchronised(parallel, inputs is micro_batches[-1]), numerics(loop.attention, amp, world.device):
-                    lesson = None if teacher is None else teacher(inputs)
-                    loss, report = parallel(inputs, lesson, counts)
-                    finite = finite * loss.detach().isfinite()
-                    scaler.scale(loss).backward()
-                log.add(inputs, loss.detach(), report)
-            scaler.unscale_(optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.optim.clip or math.inf, foreach=True))
-            bad = (world.sum(1 - finite) > 0) | ~norm.isfinite()
-            optimizer_step(optimizer, scaler, bad)
-            optimizer.zero_grad(set_to_none=True)
-            bad_steps = torch.stack([(bad_steps[0] + 1) * bad, bad_steps[1] + bad])
-        except torch.OutOfMemoryError:
-            raise OptionError(out_of_memory(recipe, step, world)) from None
+        micro_batches = feed.step(step)
+        counts = world.sum(torch.stack([count(inputs) for inputs in micro_batches]).sum(0)) / world.size
+        set_rate(optimizer, rate_factor(step, loop.steps, recipe.optim.warmup, recipe.optim.final))
+        finite = torch.ones((), device=world.device)
+        for inputs in micro_batches:
+            with synchronised(parallel, inputs is micro_batches[-1]), numerics(loop.attention, amp, world.device):
+                lesson = None if teacher is None else teacher(inputs)
+                loss, report = parallel(inputs, lesson, counts)
+                finite = finite * loss.detach().isfinite()
+                scaler.scale(loss).backward()
+            log.add(inputs, loss.detach(), report)
+        scaler.unscale_(optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.optim.clip or math.inf, foreach=True))
+        bad = (world.sum(1 - finite) > 0) | ~norm.isfinite()
+        optimizer_step(optimizer, scaler, bad)
+        optimizer.zero_grad(set_to_none=True)
+        bad_steps = torch.stack([(bad_steps[0] + 1) * bad, bad_steps[1] + bad])
         progress.step = step = step + 1
         if average is not None:
             average.update(student.model, step)
@@ -190,7 +192,6 @@ def build(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> tupl
     if options.encoder_layers is not None or options.decoder_layers is not None:
         model = shrink(model, options.encoder_layers, options.decoder_layers)
     if options.dual and model.dual is None:
-        torch.manual_seed(recipe.seed)  # the new weights are the same on every device
         model.add_second_branch(options.branch)
     if not options.dual and model.dual is not None:
         raise OptionError(f"model.dual is false, but {options.name} has two branches: start from a stock checkpoint")
@@ -223,10 +224,10 @@ def compile_mode(mode: str, device: torch.device) -> str:
     return ("blocks" if device.type == "cuda" else "off") if mode == "auto" else mode
 
 
-def set_numerics(recipe: Recipe, world: World) -> None:
+def set_numerics(recipe: Recipe) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(recipe.seed + 1000 * world.rank)
+    torch.manual_seed(recipe.seed)  # the new weights are the same on every device; data has generators of its own
     if recipe.loop.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -396,7 +397,7 @@ def dry_run_report(world: World) -> str:
     return f"dry run: {used / 2**30:.1f} GiB of memory at most; nothing was written"
 
 
-def out_of_memory(recipe: Recipe, step: int, world: World) -> str:
+def out_of_memory(recipe: Recipe) -> str:
     data, loop = recipe.data, recipe.loop
     ways = [f"data.batch_size (now {data.batch_size}; loop.accumulate makes up for it)"]
     if not loop.gradient_checkpointing:
@@ -405,7 +406,7 @@ def out_of_memory(recipe: Recipe, step: int, world: World) -> str:
         ways.append("or data.in_memory=false")
     if not loop.fsdp:
         ways.append("or on several devices loop.fsdp=true")
-    return f"out of memory on {world.device} at step {step}: lower {', '.join(ways)}"
+    return f"out of memory: lower {', '.join(ways)}"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ class World:
                 raise OptionError(f"{place} does not exist: this machine has {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(place)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo", rank=rank, world_size=size)
+            if place.type == "cuda":
+                dist.init_process_group("nccl", rank=rank, world_size=size, device_id=place)
+            else:
+                dist.init_process_group("gloo", rank=rank, world_size=size)
         return cls(place, rank, size)
 
     @property
