@@ -92,7 +92,7 @@ def _parse(name: str) -> ModelSpec:
         backend, path = "", rest
     elif backend not in PACKAGES:
         raise OptionError(
-            f"--model {name}: unknown back end {backend!r}{near_names(backend, PACKAGES)}; known: {', '.join(PACKAGES)}"
+            f"--model {name}: unknown back end {backend!r}; known: {', '.join(PACKAGES)}{near_names(backend, PACKAGES)}"
         )
     if not path:
         raise OptionError(f"--model {name!r} names no model: give a name or a path")
@@ -125,7 +125,7 @@ def load(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -
     try:
         return kinds[spec.backend](spec, decoding, device, seed)
     except (OSError, RuntimeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
+        reason = " ".join(str(e).split()).split(". ")[0]
         raise CheckpointError(f"{spec.spec} can't be loaded ({reason})") from e
 
 

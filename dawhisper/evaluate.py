@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -246,15 +246,16 @@ def _missing(work: Work, keys: Keys, done: dict[str, Hypothesis]) -> Work:
 def _prefetched(works: Sequence[Work], mixer: Mixer) -> Iterator[tuple[Work, list[Mixture]]]:
     """The mixtures of a batch are made while the one before it is decoded."""
 
-    def make(work: Work) -> list[Mixture]:
-        return [mixer(item, work.condition) for item in work.items]
+    with ThreadPoolExecutor(4) as pool:
 
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, works[0])
+        def start(work: Work) -> list[Future[Mixture]]:
+            return [pool.submit(mixer, item, work.condition) for item in work.items]
+
+        coming = start(works[0])
         for i, work in enumerate(works):
-            mixtures = coming.result()
+            mixtures = [future.result() for future in coming]
             if i + 1 < len(works):
-                coming = pool.submit(make, works[i + 1])
+                coming = start(works[i + 1])
             yield work, mixtures
 
 

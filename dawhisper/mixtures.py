@@ -56,7 +56,7 @@ def conditions(kinds: Sequence[str], snrs: Sequence[float]) -> list[Condition]:
     """Each kind at each SNR; clean, reverb and noise-only stand alone. OptionError for what can't be asked."""
     for kind in kinds:
         if kind not in KINDS:
-            raise OptionError(f"unknown kind {kind!r}{near_names(kind, KINDS)}; kinds are {', '.join(KINDS)}")
+            raise OptionError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}{near_names(kind, KINDS)}")
     if not kinds:
         raise OptionError(f"no kind of condition is asked for; kinds are {', '.join(KINDS)}")
     if not snrs and any(kind in WITH_SNR for kind in kinds):

@@ -104,7 +104,7 @@ def test_conditions() -> None:
     found = conditions(["clean", "white", "reverb", "white"], [5, -5])
     assert [c.name for c in found] == ["clean", "white_5dB", "white_-5dB", "reverb"]
     assert [c.noisy for c in found] == [False, True, True, False]
-    with pytest.raises(OptionError, match="unknown kind 'bable'; did you mean babble"):
+    with pytest.raises(OptionError, match=r"unknown kind 'bable'; .*; did you mean babble"):
         conditions(["bable"], [0])
     with pytest.raises(OptionError, match="give --snr"):
         conditions(["white"], [])
@@ -235,7 +235,7 @@ def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         run(options(data, tmp_path, models=["bsae"]))
     with pytest.raises(CheckpointError, match="no such file"):
         run(options(data, tmp_path, models=[str(data / "single.safetensors"), str(tmp_path / "gone.pt")]))
-    with pytest.raises(OptionError, match="unknown back end 'opnai'; did you mean openai"):
+    with pytest.raises(OptionError, match=r"unknown back end 'opnai'; .*; did you mean openai"):
         parse_models(["opnai:base"])
     with pytest.raises(CheckpointError, match="no such folder"):
         check_models([ModelSpec("x", "hf", str(tmp_path / "gone"))])
