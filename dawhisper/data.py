@@ -530,7 +530,9 @@ def _decode_all(
 
 
 def _start_worker(number: int) -> None:
-    """Ctrl-C is the main process's affair, which then ends its workers; one thread each; damage goes to the report."""
+    """Ctrl-C and SIGTERM, which reach a whole process group, are the main process's affair: it saves, and then ends its
+    workers. One thread each; damage goes to the report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
