@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import DawhisperError
+from .errors import DawhisperError, OptionError
 
 INTERRUPTED = 1
 
@@ -254,7 +254,10 @@ def _evaluate_parser(commands: Any) -> None:
 
 
 def _evaluate(**options: Any) -> int:
-    from .evaluate import EvaluateOptions, run
+    try:
+        from .evaluate import EvaluateOptions, run
+    except ModuleNotFoundError as e:
+        raise OptionError(f"evaluate needs {e.name}, which is not installed: pip install 'dawhisper[train]'") from e
 
     run(EvaluateOptions(**options))
     return 0

@@ -304,7 +304,7 @@ def draw(results: Results, folder: Path) -> list[str]:
         _plot(
             pyplot,
             folder / f"wer_{kind}.png",
-            f"{kind} noise",
+            f"{kind} noise (dotted: clean speech)",
             "WER (%)",
             partial(_wer_lines, results, kind),
         )
@@ -334,11 +334,11 @@ def _plot(pyplot: Any, path: Path, title: str, label: str, fill: Callable[[Any],
 
 def _wer_lines(results: Results, kind: str, axes: Any) -> None:
     places = sorted((c.snr, c.name) for c in results.conditions if c.kind == kind and c.snr is not None)
-    for model in results.models:
+    for i, model in enumerate(results.models):
         wers = [results.score(model, name).wer for _, name in places]
         below = [0 if math.isnan(w.low) else w.value - w.low for w in wers]
         above = [0 if math.isnan(w.high) else w.high - w.value for w in wers]
-        snrs = [snr for snr, _ in places]
+        snrs = [snr + 0.2 * i for snr, _ in places]  # side by side, so that intervals can be told apart
         line = axes.errorbar(snrs, [w.value for w in wers], [below, above], marker="o", capsize=3, label=model)
         if any(c.kind == "clean" for c in results.conditions):
             axes.axhline(results.score(model, "clean").wer.value, color=line[0].get_color(), linestyle=":")

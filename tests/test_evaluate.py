@@ -553,3 +553,15 @@ def test_openai_back_end_hears_the_same(tiny_en_path: Path, data: Path, tmp_path
     assert found is not None
     texts = [[s.hypothesis.text for s in found.scored if s.hypothesis.model == model] for model in found.models]
     assert texts[0] == texts[1] and any(texts[0])
+
+
+def test_a_missing_package_is_one_line(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from dawhisper.cli import main
+
+    monkeypatch.delitem(sys.modules, "dawhisper.evaluate")
+    monkeypatch.delitem(sys.modules, "dawhisper.mixtures")
+    monkeypatch.delitem(sys.modules, "dawhisper.noise")
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+    assert main(["evaluate", str(data / "set0"), "--model", "base"]) == 1
+    assert "pip install 'dawhisper[train]'" in capsys.readouterr().err
