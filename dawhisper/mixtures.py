@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, load_audio
-from .data import Report, Utterance, read_manifest
 from .errors import DataError, OptionError, near_names
+from .manifest import Report, Utterance, read_manifest
 from .noise import COLOURS, Mixture, NoiseBank, active_power, add_noise, colored_noise, measure_snr, reverberate
 
 WITH_SNR = ("white", "pink", "brown", "babble", "real")

@@ -144,24 +144,21 @@ class Scorer:
         ids = [item.id for item in self.items]
         cells = {model: self._cells(scored, model, ids) for model in models}
         wanted = {c.name: [c.name] for c in self.conditions if c.kind != "noise-only"}
-        wanted[NOISY_MEAN] = [c.name for c in self.conditions if c.noisy]
+        if noisy := [c.name for c in self.conditions if c.noisy]:
+            wanted[NOISY_MEAN] = noisy
+        units: dict[str, list[str] | None] = {"utterances": None}
         speakers = _speakers(self.items)
+        if speakers is not None and len(set(speakers)) > 1:
+            units["speakers"] = speakers
         found = []
         for model in models[1:]:
             for condition, names in wanted.items():
                 before = [cells[models[0]][name] for name in names]
                 after = [cells[model][name] for name in names]
-                for units, clusters in (("utterances", None), ("speakers", speakers)):
-                    if (
-                        names
-                        and (clusters is None or len(set(clusters)) > 1)
-                        and not (units == "speakers" and not clusters)
-                    ):
-                        result = metrics.compare(
-                            _array(before, _errors), _array(after, _errors), _array(before, _words), clusters,
-                            self.samples, self.seed,
-                        )  # fmt: skip
-                        found.append(Paired(models[0], model, condition, units, result))
+                counts = _array(before, _errors), _array(after, _errors), _array(before, _words)
+                for unit, clusters in units.items():
+                    result = metrics.compare(*counts, clusters, self.samples, self.seed)
+                    found.append(Paired(models[0], model, condition, unit, result))
         return found
 
     def groups(self) -> dict[str, list[str]]:
