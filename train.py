@@ -151,7 +151,7 @@ def train(recipe: Recipe, world: World) -> int:
             if bad_in_a_row >= loop.max_bad_steps and not amp_overflow(scaler):
                 raise OptionError(
                     f"{bad_in_a_row:.0f} steps in a row gave a loss or gradient that is not finite (step {step}): "
-                    "lower optim.lr and optim.lr_new, use loop.precision=bf16, or look at the data"
+                    "lower optim.lr, lr_new and lr_gate, use loop.precision=bf16, or look at the data"
                 )
         if recipe.dry_run:
             continue

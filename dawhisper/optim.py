@@ -13,26 +13,32 @@ from torch import Tensor, nn
 from dawhisper.model import Whisper, is_second_branch
 from dawhisper.recipe import OptimOptions
 
+FROM_A_CONSTANT = ("gate", "mixture", "noise_scale")
+
 
 def parameter_groups(student: nn.Module, options: OptimOptions) -> list[dict[str, Any]]:
-    """Old and new weights, each with and without decay; frozen ones are left out.
+    """Old and new weights and those of the gate, each with and without decay; frozen ones are left out.
 
-    New is what stock Whisper does not have (second branch, gate, mixture, noise embeddings, training heads). Biases,
-    norms, scales and every kind of embedding are not decayed: pulling them to zero regularises nothing.
+    New is what stock Whisper does not have: the second branch, noise embeddings, training heads. The gate, the layer
+    mixture and the noise scales start at a constant and not at a copy: they have far to go and get a rate of their own.
+    Biases, norms, scales and every kind of embedding are not decayed: pulling them to zero regularises nothing.
     """
+    rates = {"old": options.lr, "new": options.lr_new, "gate": options.lr_gate}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        new = is_second_branch(name) or name.startswith("noise_head")
+        kind = "new" if is_second_branch(name) or name.startswith("noise_head") else "old"
+        if any(part in FROM_A_CONSTANT for part in name.split(".")):
+            kind = "gate"
         decays = parameter.ndim >= 2 and "embed" not in name
-        key = ("new" if new else "old") + ("" if decays else "_no_decay")
+        key = kind if decays else f"{kind}_no_decay"
         group = groups.setdefault(
             key,
             {
                 "name": key,
                 "params": [],
-                "peak_lr": options.lr_new if new else options.lr,
+                "peak_lr": rates[kind],
                 "weight_decay": options.weight_decay if decays else 0.0,
             },
         )

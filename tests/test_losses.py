@@ -177,21 +177,22 @@ def test_parameter_groups() -> None:
     model = tiny()
     model.add_second_branch(DualOptions())
     student = Student(model, EVERYTHING)
-    options = OptimOptions(lr=1.0, lr_new=2.0, weight_decay=0.1)
+    options = OptimOptions(lr=1.0, lr_new=2.0, lr_gate=3.0, weight_decay=0.1)
     groups = {group["name"]: group for group in parameter_groups(student, options)}
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     inside = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
     assert sum(map(len, inside.values())) == len(names)
     assert "model.decoder.blocks.0.cross_attn.query.weight" in inside["old"]
     assert {"model.decoder.token_embedding.weight", "model.encoder.ln_post.bias"} <= inside["old_no_decay"]
-    assert {"noise_head.weight", "model.decoder.blocks.0.gate.0.weight"} <= inside["new"]
-    assert {"model.decoder.noise_embed", "model.encoder.mixture", "model.decoder.blocks.1.noise_scale"} <= inside[
-        "new_no_decay"
-    ]
-    assert groups["old"]["peak_lr"] == 1.0 and groups["new"]["peak_lr"] == 2.0
+    assert {"noise_head.weight", "model.decoder.blocks.0.secondary_attn.query.weight"} <= inside["new"]
+    assert "model.decoder.noise_embed" in inside["new_no_decay"]
+    assert inside["gate"] == {f"model.decoder.blocks.{i}.gate.{j}.weight" for i in (0, 1) for j in (0, 2)}
+    assert {"model.encoder.mixture", "model.decoder.blocks.1.noise_scale"} <= inside["gate_no_decay"]
+    assert [groups[name]["peak_lr"] for name in ("old", "new", "gate_no_decay")] == [1.0, 2.0, 3.0]
     assert groups["old"]["weight_decay"] == 0.1 and groups["new_no_decay"]["weight_decay"] == 0
     freeze(model, ["encoder", "primary"])
-    assert {group["name"] for group in parameter_groups(student, options)} == {"new", "new_no_decay"}
+    left = {group["name"] for group in parameter_groups(student, options)}
+    assert left == {"new", "new_no_decay", "gate", "gate_no_decay"}
 
 
 def test_the_rate_warms_up_and_falls() -> None:
