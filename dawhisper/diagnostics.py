@@ -93,11 +93,14 @@ def _read(
     ]
     frames = noisy.sum(dim=1) / inside.sum(dim=1)
     return [
-        GateReading(float(mixture.snr_db[0]), gate, primary, secondary, share)
-        for mixture, gate, primary, secondary, share in zip(
-            mixtures, gates.tolist(), shares[0].tolist(), shares[1].tolist(), frames.tolist()
-        )
+        GateReading(float(mixture.snr_db[0]), _rounded(gate), _rounded(primary), _rounded(secondary), float(share))
+        for mixture, gate, primary, secondary, share in zip(mixtures, gates, *shares, frames)
     ]
+
+
+def _rounded(x: Tensor) -> list[float]:
+    """To what float32 is sure of: a constant gate must not seem to correlate with anything."""
+    return [round(value, 6) for value in x.tolist()]
 
 
 def _tokens(model: Whisper, texts: Sequence[str], language: str | None) -> tuple[Tensor, Tensor]:
