@@ -43,6 +43,7 @@ class DevSet:
                 self.windows.append((condition.name, items[index], samples))
         self.names = ["clean", *(condition.name for condition in noisy)]
 
+    @torch.no_grad()
     def evaluate(self, model: Whisper) -> dict[str, float]:
         """Greedy decoding -> word error rates in percent by condition, `noisy` being the mean over noisy conditions.
 

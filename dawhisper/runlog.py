@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dawhisper.feed import Feed
@@ -36,19 +35,27 @@ class Log:
         self.norm = torch.zeros((), device=world.device)
         self.bar: tqdm[Any] | None = None
         self.file: TextIO | None = None
-        self.board: SummaryWriter | None = None
+        self.board: Any = None
         if world.main and not recipe.dry_run:
             out = Path(recipe.out)
             out.mkdir(parents=True, exist_ok=True)
             self.file = (out / "log.jsonl").open("a+", encoding="utf-8")
             self._forget_after(start)
-            self.board = SummaryWriter(str(out), purge_step=start + 1)
+            self.board = self._open_board(out, start)
         if world.main:
             total = recipe.loop.steps if not recipe.dry_run else start + 2
             self.bar = tqdm(total=total, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self.sums: dict[str, Tensor] = {}
         self.started: float | None = None
         self._reset()
+
+    def _open_board(self, out: Path, start: int) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no TensorBoard pages: pip install tensorboard; log.jsonl holds the same numbers")
+            return None
+        return SummaryWriter(str(out), purge_step=start + 1)
 
     def _forget_after(self, step: int) -> None:
         """Lines later than the checkpoint that the run goes on from will be written again."""
@@ -126,9 +133,10 @@ class Log:
         self.say(f"step {step}: WER " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
 
     def _emit(self, record: dict[str, float]) -> None:
-        if self.file is not None and self.board is not None:
+        if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+        if self.board is not None:
             for name, value in record.items():
                 if name != "step":
                     self.board.add_scalar(name, value, int(record["step"]))
