@@ -225,6 +225,25 @@ def test_sigterm_saves_and_exits(world: dict[str, Path], unbroken: tuple[Path, l
     assert run(world, tmp_path, "loop.steps=8", "resume=auto") == unbroken[1]
 
 
+def test_early_stop_and_the_last_checkpoints(world: dict[str, Path], tmp_path: Path) -> None:
+    run(
+        world, tmp_path, "loop.steps=9", "evaluate.every=1", "evaluate.patience=2", f"data.dev={world['dev']}",
+        "evaluate.clips=1", "evaluate.per_clip=1", "loop.save_every=1", "loop.keep=2",
+    )  # fmt: skip
+    rates = curve(tmp_path, "wer/noisy")[1:]  # of steps 1, 2, ...
+    assert len(rates) < 9 and min(rates[-2:]) >= min(rates[:-2])
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*.pt"))
+    assert kept == [f"checkpoint-{step:07d}.pt" for step in (len(rates) - 1, len(rates))]
+
+
+def test_a_damaged_checkpoint_is_refused(world: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "checkpoint-0000002.pt"
+    path.write_bytes(b"PK not a checkpoint")
+    assert train.main(arguments(world, tmp_path, f"resume={path}")) == 1
+    error = capsys.readouterr().err
+    assert "damaged" in error and error.count("\n") == 1
+
+
 def test_a_run_is_not_overwritten(world: dict[str, Path], unbroken: tuple[Path, list[float]], capsys: Any) -> None:
     assert train.main(arguments(world, unbroken[0])) == 1
     assert "resume=auto" in capsys.readouterr().err
