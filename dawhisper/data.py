@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
 from .errors import DataError, OptionError
-from .manifest import MAX_SECONDS, MIN_SECONDS, SLACK_SECONDS, Report, Utterance, read_audio, read_manifest
+from .manifest import (
+    MAX_SECONDS,
+    MIN_SECONDS,
+    SLACK_SECONDS,
+    Report,
+    Utterance,
+    in_processes,
+    read_audio,
+    read_manifest,
+)
 from .targets import IGNORE, Target, TargetOptions, Targets
 
 __all__ = [
@@ -505,28 +515,30 @@ def _header_seconds(u: Utterance) -> float:
 def _decode_all(
     utterances: list[Utterance], targets: Targets, report: Report
 ) -> tuple[list[np.ndarray], list[Utterance]]:
-    """Decode everything, in threads (PyAV frees the interpreter's lock while it decodes)."""
+    """Decode everything."""
     from tqdm import tqdm
 
-    def read(u: Utterance) -> tuple[np.ndarray | None, str]:
-        try:
-            audio = read_audio(u)
-            targets(u, len(audio), np.random.default_rng(0))
-            return audio, ""
-        except DataError as error:
-            return None, str(error)
-
     clips, kept = [], []
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")
-        results = tqdm(pool.map(read, utterances), "decoding", len(utterances), unit="clip", leave=False, disable=None)
-        for u, (clip, why) in zip(utterances, results):
-            if clip is None:
-                report.add(u.name, why)
-            else:
-                clips.append(clip)
-                kept.append(u)
+    results = in_processes(partial(_read, targets=targets), utterances)
+    for u, (clip, why) in zip(
+        utterances, tqdm(results, "decoding", len(utterances), unit="clip", leave=False, disable=None)
+    ):
+        if clip is None:
+            report.add(u.name, why)
+        else:
+            clips.append(clip)
+            kept.append(u)
     return clips, kept
+
+
+def _read(u: Utterance, targets: Targets) -> tuple[np.ndarray | None, str]:
+    """The sound of an utterance that can be trained on; else None and why it can't."""
+    try:
+        audio = read_audio(u)
+        targets(u, len(audio), np.random.default_rng(0))
+        return audio, ""
+    except DataError as error:
+        return None, str(error)
 
 
 def _start_worker(number: int) -> None:

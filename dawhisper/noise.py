@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .audio import N_SAMPLES, SAMPLE_RATE
 from .errors import DataError, OptionError
-from .manifest import Utterance, decode_audio, read_manifest, to_int16
+from .manifest import Utterance, decode_audio, in_processes, read_manifest, to_int16
 
 FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause
@@ -341,17 +341,16 @@ class NoiseBank:
         names: list[str] = []
         skipped: list[tuple[str, str]] = []
         total = 0.0
-        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-            for recording, (clip, why) in zip(found, pool.map(lambda r: _read_noise(r, trim_silence), found)):
-                if clip is None:
-                    skipped.append((recording.name, why))
-                    continue
-                clips.append(clip)
-                names.append(recording.name)
-                total += len(clip) / SAMPLE_RATE / 3600
-                if total > max_hours:
-                    pool.shutdown(cancel_futures=True)
-                    raise DataError(f"more than {max_hours:g} hours of noise in {source}: give fewer files")
+        results = in_processes(partial(_read_noise, trim=trim_silence), found, workers)
+        for recording, (clip, why) in zip(found, results):
+            if clip is None:
+                skipped.append((recording.name, why))
+                continue
+            clips.append(clip)
+            names.append(recording.name)
+            total += len(clip) / SAMPLE_RATE / 3600
+            if total > max_hours:
+                raise DataError(f"more than {max_hours:g} hours of noise in {source}: give fewer files")
         if not clips:
             raise DataError(f"no readable audio in {source}" + (f" ({skipped[0][1]})" if skipped else ""))
         bank = cls(clips, device, names)

@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import signal
 import tarfile
 import warnings
 from collections import defaultdict
@@ -37,6 +36,7 @@ from .manifest import (
     decode_audio,
     read_manifest,
     read_shard,
+    start_process,
 )
 from .noise import AUDIO_SUFFIXES, audio_files
 
@@ -505,7 +505,7 @@ def _in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int 
     if count <= 1:
         yield from map(work, jobs)
         return
-    pool = ProcessPoolExecutor(count, initializer=_start_process)
+    pool = ProcessPoolExecutor(count, initializer=start_process)
     futures: list[Future[Any]] = []
     try:
         futures = [pool.submit(work, job) for job in jobs]
@@ -517,10 +517,6 @@ def _in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int 
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
 
 
 # ---- labelling ----------------------------------------------------------------------------------------------------
