@@ -21,7 +21,7 @@ from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH, N_FRAMES, N_SAMPLES, SA
 from whisper.tokenizer import LANGUAGES, Tokenizer
 from whisper.utils import format_timestamp, make_safe
 
-from .audio import log_mel_spectrogram, pad_or_trim
+from .audio import load_audio, log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, language_code, model_tokenizer
 from .errors import OptionError, near_names
 from .model import AudioFeatures, Whisper
@@ -237,7 +237,8 @@ def collect(segments: Iterator[Segment], recording: Recording) -> Transcription:
 def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> Recording:
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = seek_points(options.clip_timestamps)
-    mel = log_mel_spectrogram(audio, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
+    samples = load_audio(audio)
+    mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
     language = options.decoding.language
     if language is None:
         language = "en"
@@ -277,6 +278,10 @@ def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptio
         for seek, last in recording.clips:
             while seek < (end := min(last, recording.frames)):
                 window = Window(seek, min(N_FRAMES, end - seek))
+                if not is_audible(recording.mel, window):
+                    bar.update(window.size)
+                    seek += window.size
+                    continue
                 features = encode_window(model, recording.mel, window)
                 result = decode_with_fallback(model, features, options, prompt.tokens(options))
                 split = split_segments(result, window, model, recording.tokenizer)
@@ -295,6 +300,15 @@ def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptio
                     count += 1
                 seek = split.resume if split.resume > seek else seek + window.size
                 bar.update(min(seek, recording.frames) - window.seek)
+
+
+def is_audible(mel: Tensor, window: Window) -> bool:
+    """Whether anything in the window rises above the spectrogram's floor, 80 dB below the recording's loudest moment.
+
+    In digital silence openai-whisper hears "you"; this is the one place where we differ from it.
+    """
+    low, high = mel[:, window.seek : window.seek + window.size].aminmax()
+    return bool(low < high)
 
 
 def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:

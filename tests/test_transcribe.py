@@ -1,0 +1,224 @@
+"""Long form against openai-whisper's own transcribe(), on random models and on real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whisper
+from peer import MULTILINGUAL, VARIANTS, pair, talkative, trained
+
+import dawhisper
+from dawhisper.decoding import DecodingResult
+from dawhisper.errors import AudioError, OptionError
+from dawhisper.model import AudioFeatures, DualOptions, Whisper
+from dawhisper.timing import Word
+from dawhisper.transcribe import (
+    Segment,
+    TranscribeOptions,
+    Window,
+    encode_window,
+    is_anomalous,
+    is_silence,
+    needs_fallback,
+)
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """Bursts of noise between faint pauses."""
+    rng = np.random.default_rng(seed)
+    audio = rng.standard_normal(int(seconds * 16000)).astype(np.float32) * 0.1
+    return np.where(np.arange(len(audio)) // 20000 % 3 > 0, audio, audio / 100)
+
+
+def assert_same(ours: Whisper, theirs: whisper.Whisper, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    expected = whisper.transcribe(theirs, audio, fp16=False, **options)
+    torch.manual_seed(1)
+    got = dawhisper.transcribe(ours, audio, **options).to_dict()
+    assert got["text"] == expected["text"]
+    assert got["language"] == expected["language"]
+    assert len(got["segments"]) == len(expected["segments"])
+    for a, b in zip(got["segments"], expected["segments"]):
+        assert set(a) == set(b)
+        for key in ("id", "seek", "text", "tokens", "temperature"):
+            assert a[key] == b[key], key
+        for key in ("start", "end", "avg_logprob", "compression_ratio", "no_speech_prob"):
+            assert a[key] == pytest.approx(b[key], abs=1e-3), key
+        for word, other in zip(a.get("words", ()), b.get("words", ()), strict=True):
+            assert word["word"] == other["word"]
+            assert word["probability"] == pytest.approx(other["probability"], abs=1e-3)
+            assert word["start"] == pytest.approx(other["start"], abs=0.02)
+            assert word["end"] == pytest.approx(other["end"], abs=0.02)
+    return got
+
+
+FAST = {"sample_len": 24, "temperature": (0.0, 0.6)}
+# likely enough not to fall back, and never silence
+SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
+CASES = {
+    "defaults": {},
+    "language": {"language": "az"},
+    "sure": SURE,
+    "beam": {**SURE, "beam_size": 2},
+    "best of": {"temperature": 0.3, "best_of": 2, "language": "en"},
+    "prompt": {**SURE, "initial_prompt": "Scottish history."},
+    "carried prompt": {**SURE, "initial_prompt": "Scottish history.", "carry_initial_prompt": True},
+    "unconditioned": {**SURE, "initial_prompt": "One", "condition_on_previous_text": False},
+    "clips": {**SURE, "clip_timestamps": "2,9.5,20,21,33"},
+    "clip list": {**SURE, "clip_timestamps": [5.0, 30.0]},
+    "words": {**SURE, "word_timestamps": True},
+    "hallucinations": {**SURE, "word_timestamps": True, "hallucination_silence_threshold": 0.5},
+    "long hallucinations": {**SURE, "word_timestamps": True, "hallucination_silence_threshold": 5.0},
+    "translate": {**SURE, "task": "translate"},
+    "no timestamps": {**SURE, "without_timestamps": True},
+    "silence": {"no_speech_threshold": 0.0, "logprob_threshold": 0.0},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_openai_whisper(case: str) -> None:
+    ours, theirs = pair()
+    assert_same(ours, theirs, noise(42), **{**FAST, **CASES[case]})
+
+
+def test_english_only_model() -> None:
+    ours, theirs = pair(VARIANTS["english"])
+    assert_same(ours, theirs, noise(8), **FAST, **SURE)
+
+
+def test_real_speech(base_path: Path, assets: Path) -> None:
+    """base on 50 s: the asset clip again and again, with word times."""
+    ours, theirs = dawhisper.load_model(base_path, device="cpu"), whisper.load_model(str(base_path), device="cpu")
+    clip = dawhisper.load_audio(assets / "speech.opus")
+    audio = np.concatenate([clip, np.zeros(16000, np.float32)] * (1 + 45 * 16000 // len(clip)))
+    result = assert_same(ours, theirs, audio, word_timestamps=True, language="en")
+    assert sum(len(s["words"]) for s in result["segments"]) > 50
+    assert_same(ours, theirs, clip, beam_size=5, best_of=5)
+
+
+@pytest.mark.parametrize("sound", ["silence", "white noise"])
+def test_no_words_without_speech(sound: str, base_path: Path) -> None:
+    """Ninety seconds here; ten minutes were run by hand."""
+    audio = np.zeros(90 * 16000, np.float32)
+    if sound == "white noise":
+        audio = np.random.default_rng(0).standard_normal(len(audio)).astype(np.float32) * 0.05
+    assert dawhisper.load_model(base_path, device="cpu").transcribe(audio).text.strip() == ""
+
+
+def test_segments_come_as_soon_as_they_are_known() -> None:
+    model, _ = pair()
+    windows = 0
+
+    def counting(mel: torch.Tensor) -> AudioFeatures:
+        nonlocal windows
+        windows += 1
+        return encode(mel)
+
+    encode, model.encode = model.encode, counting  # type: ignore[method-assign]
+    segments, info = dawhisper.transcribe_lazily(model, noise(100), language="en", **FAST, **SURE)
+    assert info.duration == 100
+    assert windows == 0
+    next(segments)
+    assert windows == 1
+    list(islice(segments, 1000))
+    assert windows >= 4
+
+
+def test_many_recordings_in_one_call() -> None:
+    model, _ = pair()
+    several = [noise(3, seed=1), torch.from_numpy(noise(5, seed=2))]
+    options = {"language": "en", **FAST, **SURE}
+    assert model.transcribe(several, **options) == [model.transcribe(one, **options) for one in several]
+
+
+def test_the_result_is_read_like_openai_whispers() -> None:
+    model, _ = pair()
+    result = model.transcribe(noise(3), language="en", word_timestamps=True, **FAST, **SURE)
+    assert result["text"] == result.text
+    assert result["segments"][0]["words"][0]["word"] == result.segments[0].words[0].word
+
+
+def test_a_dual_model_transcribes_with_words() -> None:
+    model = talkative(trained(DualOptions()))
+    result = model.transcribe(noise(35), language="en", word_timestamps=True, **FAST, **SURE)
+    assert result.segments
+    assert all(s.start <= s.end for s in result.segments)
+
+
+def test_a_window_is_encoded_as_long_as_the_model_was_trained_for() -> None:
+    mel = torch.randn(80, 3000)
+    assert encode_window(Whisper(MULTILINGUAL), mel, Window(0, 410)).primary.shape[1] == 1500
+    assert encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel, Window(0, 410)).primary.shape[1] == 250
+    assert encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel, Window(0, 3000)).primary.shape[1] == 1500
+
+
+def test_digital_silence_is_not_decoded() -> None:
+    model, _ = pair()
+    options = {"language": "en", **FAST, **SURE}
+    audio = np.concatenate([noise(30), np.zeros(90 * 16000, np.float32), noise(5)])
+    seeks = {s.seek for s in model.transcribe(audio, **options).segments}
+    assert [s for s in seeks if s < 3000]
+    assert not [s for s in seeks if 3100 <= s <= 9000]  # windows that lie in the silence as a whole
+    assert [s for s in seeks if s > 9000]
+    assert model.transcribe(np.zeros(16000, np.float32), **options).segments == []
+
+
+def heard(avg_logprob: float = -0.5, ratio: float = 1.5, no_speech: float = 0.1) -> DecodingResult:
+    features = AudioFeatures(torch.empty(0), torch.empty(0))
+    return DecodingResult(features, "en", None, [], "", avg_logprob, no_speech, 0.0, ratio)
+
+
+def test_fallback_and_silence() -> None:
+    options = TranscribeOptions()
+    assert not needs_fallback(heard(), options)
+    assert needs_fallback(heard(avg_logprob=-1.2), options)
+    assert needs_fallback(heard(ratio=2.5), options)
+    assert not needs_fallback(heard(avg_logprob=-1.2, no_speech=0.7), options)
+    assert needs_fallback(heard(ratio=2.5, no_speech=0.7), options)
+    assert is_silence(heard(avg_logprob=-1.2, no_speech=0.7), options)
+    assert not is_silence(heard(no_speech=0.7), options)
+    assert is_silence(heard(no_speech=0.7), replace(options, logprob_threshold=None))
+    assert not is_silence(heard(avg_logprob=-1.2, no_speech=0.7), replace(options, no_speech_threshold=None))
+
+
+def test_anomalous_words() -> None:
+    def segment(*words: Word) -> Segment:
+        return Segment(0, 0, 0, 1, "", [], 0, 0, 0, 0, list(words))
+
+    good = Word(" fine", 0.0, 0.4, 0.9)
+    assert not is_anomalous(segment(good, good))
+    assert is_anomalous(segment(replace(good, probability=0.1)))
+    assert is_anomalous(segment(good, replace(good, end=6.0)))
+    assert not is_anomalous(segment(good, good, good, replace(good, probability=0.1)))
+    assert not is_anomalous(segment())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"langauge": "en"}, "did you mean language"),
+        ({"language": "azerbajani"}, "azerbaijani"),
+        ({"clip_timestamps": "1,b"}, "in seconds"),
+        ({"clip_timestamps": "5,2"}, "go back"),
+        ({"temperature": (0.0, -1.0)}, "temperature"),
+        ({"prompt": "x"}, "unknown option 'prompt'"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        dawhisper.transcribe(pair()[0], noise(1), **options)
+
+
+def test_audio_that_cannot_be_used() -> None:
+    model, _ = pair()
+    with pytest.raises(AudioError):
+        model.transcribe(np.full(16000, np.nan, np.float32))
+    with pytest.raises(AudioError):
+        model.transcribe(np.zeros(0, np.float32))
