@@ -91,6 +91,7 @@ def ours(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions, obj
     counts = count(inputs)
 
     def step() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         with autocast(world.device), attention_kernel(options.attention):
             lesson = None if teacher is None else teacher(inputs)
             loss, _ = parallel(inputs, lesson, counts)
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--compile", choices=["auto", "off", "blocks", "model"], default="auto", help="ours")
+    parser.add_argument("--compile", choices=["auto", "off", "blocks", "model", "graphs"], default="auto", help="ours")
     parser.add_argument("--compile-peers", action="store_true", help="torch.compile the peers too")
     parser.add_argument("--attention", choices=["default", "cudnn", "flash"], default="default", help="ours")
     parser.add_argument(

@@ -169,7 +169,8 @@ def parallelise(student: Student, teacher: Teacher | None, world: World, compile
     """What the loop calls in the student's place: compiled, and shared by the world's processes.
 
     compile "blocks": encoder blocks, which take most of the time and are all alike (one compilation), and the
-    objectives, which then never hold the logits' intermediate results; "model": the whole forward pass.
+    objectives, which then never hold the logits' intermediate results; "model": the whole forward pass; "graphs":
+    the same, replayed as CUDA graphs, which spares the host's work for each kernel.
     """
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
@@ -182,9 +183,10 @@ def parallelise(student: Student, teacher: Teacher | None, world: World, compile
         parallel = shard(student, world)
     elif world.size > 1:
         parallel = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if compile == "model":
+    if compile in ("model", "graphs"):
         torch._dynamo.config.recompile_limit = 64
-        parallel.compile(dynamic=False)
+        mode = "reduce-overhead" if compile == "graphs" else None
+        parallel.compile(dynamic=False, mode=mode)
         if teacher is not None:
             teacher.compile(dynamic=False)
     return parallel
