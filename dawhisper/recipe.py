@@ -137,7 +137,7 @@ class LoopOptions:
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
     on a GPU that has it, fp32 on the CPU); compile: off, blocks (encoder blocks and losses), model (everything; tokens
-    are padded to multiples of 64), auto (blocks on a GPU); attention: the kernel to try first, default, cudnn or
+    are padded to multiples of 64), auto (model on a GPU); attention: the kernel to try first, default, cudnn or
     flash; fsdp: shard weights and optimiser over the devices;
     deterministic: bit-for-bit repeatable on a GPU too, slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`

@@ -170,7 +170,7 @@ def parallelise(student: Student, teacher: Teacher | None, world: World, compile
 
     compile "blocks": encoder blocks, which take most of the time and are all alike (one compilation), and the
     objectives, which then never hold the logits' intermediate results; "model": the whole forward pass; "graphs":
-    the same, replayed as CUDA graphs, which spares the host's work for each kernel.
+    the same, replayed as CUDA graphs (the throughput benchmark alone; the loop does not use it yet).
     """
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
