@@ -83,7 +83,7 @@ def find_alignment(
     # the time at which the path first reaches each token
     arrivals = time_path[np.diff(text_path, prepend=text_path[0] - 1) > 0] / TOKENS_PER_SECOND
     return [
-        WordTiming(word, ids, arrivals[i], arrivals[j], np.mean(token_probs[i:j]))
+        WordTiming(word, ids, float(arrivals[i]), float(arrivals[j]), float(np.mean(token_probs[i:j])))
         for word, ids, i, j in zip(words, word_tokens, bounds[:-1], bounds[1:])
     ]
 
@@ -118,7 +118,7 @@ def add_word_times(
             taken += len(timing.tokens)
             if timing.word:
                 start, end = round(time_offset + timing.start, 2), round(time_offset + timing.end, 2)
-                words.append(Word(timing.word, start, end, float(timing.probability)))
+                words.append(Word(timing.word, start, end, timing.probability))
         segment = fit_to_words(segment, words, median, last_speech)
         if words:
             last_speech = segment.end
