@@ -153,14 +153,13 @@ def test_mixtures_do_not_depend_on_order_or_company(data: Path) -> None:
 
 
 def test_babble_is_of_other_speakers(data: Path) -> None:
-    """Speaker a's babble has b and c alone: it does not change when a's other utterance does."""
+    """Speaker a's babble has b and c alone: it is the same without a's other utterance."""
     items = items_of(data)
-    silent = replace(items[2].utterance, audio=items[3].utterance.audio)
     mixed = Mixer(items)(items[0], Condition("babble", 0.0)).noise
     without = Mixer([items[0], items[1], items[3]])(items[0], Condition("babble", 0.0)).noise
     assert torch.equal(mixed, without)
     only = Mixer([replace(i, utterance=replace(i.utterance, speaker="a")) for i in items])
-    assert only(items[0], Condition("babble", 0.0)).noise.any() and silent.speaker == "a"
+    assert only(items[0], Condition("babble", 0.0)).noise.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -237,9 +236,11 @@ def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         run(options(data, tmp_path, models=[str(data / "single.safetensors"), str(tmp_path / "gone.pt")]))
     with pytest.raises(OptionError, match=r"unknown back end 'opnai'; .*; did you mean openai"):
         parse_models(["opnai:base"])
+    find_spec = "dawhisper.backends.importlib.util.find_spec"
+    monkeypatch.setattr(find_spec, lambda name: name)  # as if all were installed
     with pytest.raises(CheckpointError, match="no such folder"):
         check_models([ModelSpec("x", "hf", str(tmp_path / "gone"))])
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(find_spec, lambda name: None)
     for backend, package in (("openai", "openai-whisper"), ("faster", "faster-whisper"), ("hf", "transformers")):
         with pytest.raises(OptionError, match=f"needs {package}, which is not installed: pip install {package}"):
             check_models([ModelSpec("x", backend, str(tmp_path))])
