@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+import jiwer
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from whisper.utils import compression_ratio
@@ -91,24 +92,16 @@ def normalizer(name: str, language: str | None) -> Callable[[str], str]:
 
 def count_words(reference: str, hypothesis: str) -> Counts:
     """The word errors of one normalised pair, as jiwer aligns it; an empty reference makes every word an insertion."""
-    return _counts(_jiwer().process_words(reference, hypothesis))
+    return _counts(jiwer.process_words(reference, hypothesis))
 
 
 def count_characters(reference: str, hypothesis: str) -> Counts:
     """The character errors of one normalised pair, spaces included, as jiwer aligns it."""
-    return _counts(_jiwer().process_characters(reference, hypothesis))
+    return _counts(jiwer.process_characters(reference, hypothesis))
 
 
-def _counts(alignment: Any) -> Counts:
+def _counts(alignment: jiwer.WordOutput | jiwer.CharacterOutput) -> Counts:
     return Counts(alignment.hits, alignment.substitutions, alignment.deletions, alignment.insertions)
-
-
-def _jiwer() -> Any:
-    try:
-        import jiwer
-    except ImportError as e:
-        raise OptionError("counting word errors needs jiwer: pip install jiwer") from e
-    return jiwer
 
 
 def error_rate(counts: Sequence[Counts]) -> float:
