@@ -46,7 +46,9 @@ def alignment_scores(model: Whisper, features: AudioFeatures, tokens: Tensor) ->
     heads = model.alignment_heads.nonzero().tolist()
     trace = Trace(layers={layer for layer, _ in heads}, attention=True)
     logits = model.decoder(tokens[None], features, trace=trace)[0]
-    return torch.stack([trace.primary[layer][0, head] for layer, head in heads]).float(), logits
+    scores = torch.stack([trace.primary[layer][0, head] for layer, head in heads]).float()
+    # the warping works in double precision, which mps does not have
+    return (scores if scores.is_cuda else scores.cpu()), logits
 
 
 @torch.no_grad()
