@@ -174,22 +174,22 @@ def compare(
     """Paired bootstrap of two systems: the same resampled utterances for both (Bisani and Ney 2004, section 4).
 
     Shapes as in `bootstrap`. p = 2 min(P(d* <= 0), P(d* >= 0)) over the resampled differences d*, each share taken as
-    (count + 1) / (samples + 1), so that p is never 0, and at most 1.
+    (count + 1) / (samples + 1), so that p is never 0, and at most 1. Resampled corpora without a word have no d*.
     """
     a, b, u = (_grouped(x, clusters) for x in (errors_a, errors_b, units))
     one = np.ones((1, u.shape[1]))
     before, after = float(_rates(one, a, u)[0]), float(_rates(one, b, u)[0])
     nan = float("nan")
     relative = (before - after) / before if before else nan
-    if u.shape[1] < 2:
+    if u.shape[1] < 2 or not np.isfinite(after):
         return Comparison(Interval(after - before, nan, nan), Interval(relative, nan, nan), nan, nan)
     weights = list(_resamples(u.shape[1], samples, seed))
     rates_a = np.concatenate([_rates(w, a, u) for w in weights])
-    rates_b = np.concatenate([_rates(w, b, u) for w in weights])
-    difference = rates_b - rates_a
+    difference = np.concatenate([_rates(w, b, u) for w in weights]) - rates_a
+    rates_a, difference = rates_a[np.isfinite(difference)], difference[np.isfinite(difference)]
     with np.errstate(invalid="ignore", divide="ignore"):
         saved = np.where(rates_a > 0, -difference / rates_a, nan)
-    tails = [(np.sum(difference <= 0) + 1) / (samples + 1), (np.sum(difference >= 0) + 1) / (samples + 1)]
+    tails = [(np.sum(x) + 1) / (len(x) + 1) for x in (difference <= 0, difference >= 0)]
     return Comparison(
         Interval(after - before, *_bounds(difference, confidence)),
         Interval(relative, *_bounds(saved, confidence)),

@@ -161,6 +161,15 @@ def test_paired_test_over_speakers() -> None:
     assert np.isnan(metrics.compare(before, after, words, clusters=["x"] * 40).p_value)
 
 
+def test_paired_test_without_reference_words() -> None:
+    """One of two utterances has no words: a resample of it alone says nothing, and the others all say the same."""
+    assert np.isnan(metrics.compare([1, 2], [1, 3], [0, 0]).p_value)
+    better, worse = metrics.compare([5, 0], [4, 0], [10, 0]), metrics.compare([4, 0], [5, 0], [10, 0])
+    assert better.p_value == worse.p_value < 0.001
+    assert (better.improvement, worse.improvement) == (1, 0)
+    assert metrics.compare([5, 0], [5, 0], [10, 0]).p_value == 1
+
+
 def test_correlations() -> None:
     x = np.arange(10.0)
     assert metrics.pearson(x, 2 * x + 1) == pytest.approx(1)
