@@ -75,6 +75,11 @@ class Item:
     utterance: Utterance
 
     @property
+    def recording(self) -> tuple[str, int | None]:
+        """The file, or the place in a shard, that the utterance is or is a part of."""
+        return self.utterance.audio, self.utterance.offset
+
+    @property
     def source(self) -> str:
         return self.utterance.source or Path(self.utterance.audio).parent.name
 
@@ -141,13 +146,12 @@ class Mixer:
     ):
         self.pool = sorted(pool, key=lambda item: item.id)
         self.seed, self.noises, self.rirs = seed, noises, rirs
-        self.speakers = {item.utterance.speaker for item in pool}
 
     def check(self, kinds: Collection[str]) -> None:
         """OptionError where a kind can't be made of what there is."""
         if "real" in kinds and self.noises is None:
             raise OptionError("the kind real needs recordings of noise: give --noise DIR, or leave it out of --kinds")
-        if "babble" in kinds and len({item.utterance.audio for item in self.pool}) < 2:
+        if "babble" in kinds and len({item.recording for item in self.pool}) < 2:
             raise OptionError("the kind babble needs other utterances: give more manifests, or leave it out of --kinds")
 
     def __call__(self, item: Item, condition: Condition) -> Mixture:
@@ -191,7 +195,7 @@ class Mixer:
 
     def _babble(self, item: Item, n_samples: int, generator: torch.Generator) -> Tensor:
         """Five equally loud other utterances, looped from random places; of other speakers where there are any."""
-        others = [x for x in self.pool if x.utterance.audio != item.utterance.audio]
+        others = [x for x in self.pool if x.recording != item.recording]
         speaker = item.utterance.speaker
         if speaker is not None:
             others = [x for x in others if x.utterance.speaker != speaker] or others

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_babble_is_of_other_speakers(data: Path) -> None:
     assert torch.equal(mixed, without)
     only = Mixer([replace(i, utterance=replace(i.utterance, speaker="a")) for i in items])
     assert only(items[0], Condition("babble", 0.0)).noise.any()
+
+
+def test_babble_of_one_shard(data: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(2):
+            (tmp_path / f"{i}.json").write_text(json.dumps({"text": TEXTS[i], "duration": 1 + 0.3 * i}))
+            tar.add(data / "set0" / f"{i}.wav", f"{i}.wav")
+            tar.add(tmp_path / f"{i}.json", f"{i}.json")
+    [items] = read_items([tmp_path / "a.tar"])
+    mixer = Mixer(items)
+    mixer.check(["babble"])
+    assert mixer(items[0], Condition("babble", 0.0)).noise.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
