@@ -112,8 +112,7 @@ class Scorer:
 
     def score_one(self, hypothesis: Hypothesis) -> Scored:
         item = self.by_id[hypothesis.utterance]
-        speech = hypothesis.condition != "noise-only"
-        reference = self.references[item.id] if speech else ""
+        reference = self.references[item.id] if hypothesis.condition != "noise-only" else ""
         text = self._normalize(item)(hypothesis.text)
         return Scored(
             hypothesis,
@@ -122,7 +121,7 @@ class Scorer:
             text,
             metrics.count_words(reference, text),
             metrics.count_characters(reference, text),
-            empty=speech and not text,
+            empty=bool(reference) and not text,
             loop=metrics.is_loop(hypothesis.text),
         )
 
@@ -186,10 +185,10 @@ class Scorer:
             wer = over_speakers = Interval(NAN, NAN, NAN)
         else:
             wer = _percent(metrics.bootstrap(errors, words, None, self.samples, self.seed))
+            over_speakers = Interval(wer.value, NAN, NAN)
             speakers = _speakers([s.item for s in cells[0]])
-            over_speakers = _percent(metrics.bootstrap(errors, words, speakers, self.samples, self.seed))
-            if speakers is None:
-                over_speakers = Interval(wer.value, NAN, NAN)
+            if speakers is not None:
+                over_speakers = _percent(metrics.bootstrap(errors, words, speakers, self.samples, self.seed))
         hallucinated = (
             sum(s.words.insertions for s in flat) / (seconds / 60) if kind == "noise-only" and seconds else NAN
         )

@@ -26,6 +26,7 @@ from dawhisper.evaluate import EvaluateOptions, plan, read_hypotheses, run
 from dawhisper.mixtures import Condition, Item, Mixer, conditions, read_items, write_wav
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.noise import Mixture, NoiseBank, measure_snr
+from dawhisper.scores import Hypothesis, Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = ModelDimensions(80, 1500, 16, 2, 2, 51865, 24, 16, 2, 2)
@@ -338,6 +339,15 @@ def test_scores_follow_from_the_hypotheses(results: tuple[report.Results, Path])
     assert groups == {"all", "source:s0", "source:s1", "language:en", "language:fr"}
     assert {(c.baseline, c.model) for c in found.comparisons} == {("single", "two")}
     assert {c.units for c in found.comparisons} == {"utterances", "speakers"}
+
+
+def test_empty_is_counted_where_there_is_something_to_say(data: Path) -> None:
+    items = items_of(data)
+    items[1] = replace(items[1], utterance=replace(items[1].utterance, text="[music]"))
+    scorer = Scorer(items, [Condition("clean"), Condition("noise-only")])
+    said = [(condition, item) for condition in ("clean", "noise-only") for item in items[:2]]
+    scored = [scorer.score_one(Hypothesis("", "m", condition, i.id, "", 1.0, 0.1, 0.1)) for condition, i in said]
+    assert [s.empty for s in scored] == [True, False, False, False]
 
 
 def test_files_agree_with_each_other(results: tuple[report.Results, Path]) -> None:
