@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+from whisper.tokenizer import LANGUAGES
 
 from . import backends, metrics, report
 from .audio import N_SAMPLES, SAMPLE_RATE
@@ -43,7 +43,8 @@ class EvaluateOptions:
     kinds, snrs: see `mixtures`; snrs in dB; no kinds: clean white babble real reverb noise-only, but not
         real where there is no noise. out: folder of the results.
     limit: only the first utterances of each manifest (babble is still made of all of them).
-    language: of all utterances; None takes each one's from the manifest, "auto" detects it.
+    language: of all utterances; None takes each one's from the manifest; with "auto" the models detect it, and the
+        manifest's is that of the normaliser alone.
     dtype: fp32, fp16 or bf16; None is fp16 on a GPU and fp32 elsewhere. device: "auto", "cpu", "cuda", "cuda:N".
     normalizer: "auto" (English for English, else basic), "english", "basic" or "none".
     bootstrap_samples: of every interval and test. write_audio: folder for the mixtures, as WAV.
@@ -97,7 +98,8 @@ def run(options: EvaluateOptions) -> report.Results | None:
     wanted = conditions(options.kinds, options.snrs)
     models = backends.parse_models(options.models)
     backends.check_models(models)
-    manifests = read_items(options.manifests)
+    language = None if options.language in (None, "auto") else language_code(str(options.language))
+    manifests = read_items(options.manifests, language)
     items = [item for manifest in manifests for item in manifest[: options.limit]]
     mixer = Mixer(
         [item for manifest in manifests for item in manifest],
@@ -177,13 +179,16 @@ class Work:
     language: str | None
 
 
-def plan(items: Sequence[Item], wanted: Sequence[Condition], language: str | None, batch_size: int) -> list[Work]:
-    """The batches of a model, of utterances of like length. They depend on nothing that is done already."""
+def plan(items: Sequence[Item], wanted: Sequence[Condition], detect: bool, batch_size: int) -> list[Work]:
+    """The batches of a model, of utterances of like length. They depend on nothing that is done already.
+
+    detect: the model is not told the language.
+    """
     work = []
     groups: dict[tuple[str | None, bool], list[Item]] = {}
     for item in sorted(items, key=lambda item: (-item.seconds, item.id)):
         long = item.seconds > N_SAMPLES / SAMPLE_RATE
-        groups.setdefault((_language(item, language), long), []).append(item)
+        groups.setdefault((_language(item, detect), long), []).append(item)
     for condition in wanted:
         for (code, long), group in groups.items():
             size = 1 if long else batch_size
@@ -191,13 +196,10 @@ def plan(items: Sequence[Item], wanted: Sequence[Condition], language: str | Non
     return work
 
 
-def _language(item: Item, language: str | None) -> str | None:
-    """What the model is told; None, to detect it, for what Whisper has no token for."""
-    if language == "auto":
-        return None
-    name = (language or item.utterance.language or "").lower()
-    code = TO_LANGUAGE_CODE.get(name, name)
-    return code if code in LANGUAGES else None
+def _language(item: Item, detect: bool) -> str | None:
+    """What the model is told; None, to detect it, also for what Whisper has no token for."""
+    code = item.utterance.language
+    return code if code in LANGUAGES and not detect else None
 
 
 def _evaluate(
@@ -215,7 +217,7 @@ def _evaluate(
     keys = Keys(spec, decoding, options, mixer)
     done = {h.key: replace(h, model=spec.label) for h in read_hypotheses(Path(options.out))}
     world.wait()  # nobody writes before all have read
-    batches = plan(items, wanted, options.language, options.batch_size)
+    batches = plan(items, wanted, options.language == "auto", options.batch_size)
     order = [keys.of(item, work.condition) for work in batches for item in work.items]
     mine = [_missing(work, keys, done) for work in batches[world.rank :: world.size]]
     mine = [work for work in mine if work.items]
@@ -293,12 +295,12 @@ class Keys:
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, options: EvaluateOptions, mixer: Mixer):
         self.common = [spec.fingerprint(), str(decoding), str(options.gates)]
-        self.language, self.mixer = options.language, mixer
+        self.detect = options.language == "auto"
         self.sources = {kind: mixer.signature(kind) for kind in options.kinds}
 
     def of(self, item: Item, condition: Condition) -> str:
         size = Path(item.utterance.audio).stat().st_size  # another recording under the same name
-        parts = [*self.common, str(_language(item, self.language)), item.id, str(size), condition.name]
+        parts = [*self.common, str(_language(item, self.detect)), item.id, str(size), condition.name]
         return _digest([*parts, self.sources[condition.kind]])
 
 

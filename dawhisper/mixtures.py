@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from whisper.tokenizer import TO_LANGUAGE_CODE
 
 from .audio import SAMPLE_RATE, load_audio
 from .errors import DataError, OptionError, near_names
@@ -88,8 +89,11 @@ class Item:
         return self.utterance.duration or len(read(self)) / SAMPLE_RATE
 
 
-def read_items(manifests: Sequence[str | Path]) -> list[list[Item]]:
-    """The utterances of each manifest. DataError for one that can't be read, has no text, or whose audio is missing."""
+def read_items(manifests: Sequence[str | Path], language: str | None = None) -> list[list[Item]]:
+    """The utterances of each manifest, their languages as codes; `language` is that of all, whatever they say.
+
+    DataError for an utterance that can't be read, has no text, or whose audio is missing.
+    """
     found: list[list[Item]] = []
     taken: set[str] = set()
     for manifest in manifests:
@@ -106,9 +110,16 @@ def read_items(manifests: Sequence[str | Path]) -> list[list[Item]]:
                 )
             if not path.is_file():
                 raise DataError(f"{manifest}: no such audio file: {path}; check the manifest's audio paths")
+            utterance = replace(utterance, language=language or _code(utterance.language))
             items.append(Item(_unique(_name(utterance), taken), utterance))
         found.append(items)
     return found
+
+
+def _code(language: str | None) -> str | None:
+    """Whisper's code for a language given by code or English name; others as they are."""
+    name = (language or "").lower()
+    return TO_LANGUAGE_CODE.get(name, name) or None
 
 
 def _name(utterance: Utterance) -> str:

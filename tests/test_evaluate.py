@@ -437,15 +437,35 @@ def test_plan_covers_everything_once(data: Path) -> None:
     items = items_of(data)
     long = replace(items[0], id="long", utterance=replace(items[0].utterance, duration=31.0))
     wanted = conditions(["clean", "white"], [0])
-    work = plan([*items, long], wanted, None, 2)
+    work = plan([*items, long], wanted, False, 2)
     assert sorted((w.condition.name, i.id) for w in work for i in w.items) == sorted(
         (c.name, i.id) for c in wanted for i in [*items, long]
     )
     assert all(len(w.items) <= 2 and len({i.utterance.language for i in w.items}) == 1 for w in work)
     assert [len(w.items) for w in work if long in w.items] == [1, 1]
     assert {w.language for w in work} == {"en", "fr"}
-    assert {w.language for w in plan(items, wanted, "auto", 2)} == {None}
-    assert {w.language for w in plan(items, wanted, "German", 2)} == {"de"}
+    assert {w.language for w in plan(items, wanted, True, 2)} == {None}
+
+
+def test_languages(data: Path, tmp_path: Path) -> None:
+    """By code or name, in any case; the option is the models' language and the normaliser's, named or not."""
+    names = ["en", "English", "FR", None, "tlh"]
+    audio = str(data / "set0/0.wav")
+    path = manifest(tmp_path, *({"audio": audio, "text": "the colour", "language": name} for name in names))
+    [items] = read_items([path])
+    assert [i.utterance.language for i in items] == ["en", "en", "fr", None, "tlh"]
+    assert [w.language for i in items for w in plan([i], [Condition("clean")], False, 1)] == [
+        "en",
+        "en",
+        "fr",
+        None,
+        None,
+    ]
+    assert list(Scorer(items, []).references.values()) == ["the color"] * 2 + ["the colour"] * 3
+    single = [str(data / "single.safetensors")]
+    found = run(options(data, tmp_path / "o", manifests=[path], models=single, kinds=["clean"], language="English"))
+    assert found is not None
+    assert {(s.item.utterance.language, s.reference) for s in found.scored} == {("en", "the color")}
 
 
 def test_long_recordings_go_through_transcribe(data: Path, tmp_path: Path) -> None:
