@@ -102,9 +102,11 @@ def _parse(name: str) -> ModelSpec:
     return ModelSpec(label, backend, path)
 
 
-def check_models(specs: Sequence[ModelSpec]) -> None:
+def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
     """Raise for a model that can't be loaded, before hours are spent on those that stand before it."""
     for spec in specs:
+        if spec.backend == "openai" and dtype == "bf16":
+            raise OptionError(f"--model {spec.spec}: openai-whisper has no bf16; give --dtype fp16 or fp32")
         if spec.backend:
             module, package = PACKAGES[spec.backend]
             if importlib.util.find_spec(module) is None:
@@ -117,8 +119,6 @@ def check_models(specs: Sequence[ModelSpec]) -> None:
 
 def load(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
-    if decoding.dtype not in DTYPES:
-        raise OptionError(f"unknown dtype {decoding.dtype!r}; use one of {', '.join(DTYPES)}")
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
     kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace}
@@ -168,10 +168,6 @@ class OpenAI:
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         import whisper
 
-        if decoding.dtype == "bf16":
-            raise OptionError(
-                f"--model {spec.spec}: openai-whisper has fp32 and fp16, not bf16; choose another --dtype"
-            )
         self.model = whisper.load_model(spec.path, device=device)
         self.fp16 = decoding.dtype == "fp16"
         self.decoding, self.seed = decoding, seed

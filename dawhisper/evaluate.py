@@ -97,7 +97,7 @@ def run(options: EvaluateOptions) -> report.Results | None:
     """
     wanted = conditions(options.kinds, options.snrs)
     models = backends.parse_models(options.models)
-    backends.check_models(models)
+    backends.check_models(models, options.dtype)
     language = None if options.language in (None, "auto") else language_code(str(options.language))
     manifests = read_items(options.manifests, language)
     items = [item for manifest in manifests for item in manifest[: options.limit]]

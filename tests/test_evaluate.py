@@ -250,6 +250,8 @@ def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         run(options(data, tmp_path, models=[str(data / "single.safetensors"), str(tmp_path / "gone.pt")]))
     with pytest.raises(OptionError, match=r"unknown back end 'opnai'; .*; did you mean openai"):
         parse_models(["opnai:base"])
+    with pytest.raises(OptionError, match="openai-whisper has no bf16"):
+        run(options(data, tmp_path, models=[f"openai:{data / 'single.safetensors'}"], dtype="bf16"))
     find_spec = "dawhisper.backends.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: name)  # as if all were installed
     with pytest.raises(CheckpointError, match="no such folder"):
