@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from whisper.tokenizer import LANGUAGES
 
@@ -75,10 +76,10 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if not self.manifests:
             raise OptionError("nothing to evaluate on: give a manifest (JSON lines with audio and text)")
-        for name in ("limit", "batch_size", "beam_size", "bootstrap_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} is at least 1, not {value}")
+        for name in ("limit", "batch_size", "beam_size", "bootstrap_samples", "seed"):
+            value, least = getattr(self, name), int(name != "seed")
+            if value is not None and value < least:
+                raise OptionError(f"{name} is at least {least}, not {value}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}")
         if self.language not in (None, "auto"):
@@ -116,6 +117,9 @@ def run(options: EvaluateOptions) -> report.Results | None:
         if options.write_audio:
             write_mixtures(Path(options.write_audio), mixer, items[world.rank :: world.size], wanted)
         hypotheses = [h for spec in models for h in _evaluate(spec, options, mixer, items, wanted, world)]
+    except torch.OutOfMemoryError as e:
+        size = options.batch_size
+        raise OptionError(f"out of memory with batches of {size}: lower --batch-size; what is decoded is kept") from e
     finally:
         world.leave()
     if not world.main:

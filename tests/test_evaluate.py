@@ -267,6 +267,7 @@ def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         ({"manifests": []}, "give a manifest"),
         ({"limit": 0}, "limit is at least 1"),
+        ({"seed": -1}, "seed is at least 0"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
         ({"language": "klingon"}, "unknown language 'klingon'"),
         ({"normalizer": "whisper"}, "unknown normalizer"),
@@ -422,6 +423,15 @@ def test_a_rerun_continues(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     decoded.clear()
     run(replace(chosen, models=[str(data / "dual.safetensors")]))
     assert sum(decoded) == 8
+
+
+def test_out_of_memory_is_said_with_a_way_out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "_decode", full)
+    with pytest.raises(OptionError, match="out of memory with batches of 3: lower --batch-size"):
+        run(options(data, tmp_path, kinds=["clean"]))
 
 
 def test_a_model_that_changed_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
