@@ -214,39 +214,35 @@ def _evaluate(
     wanted: Sequence[Condition],
     world: World,
 ) -> list[Hypothesis]:
-    """A model's hypotheses, those of earlier runs included, ordered by condition and utterance; all on every rank's
-    disk, but only the first rank gets them all returned."""
+    """A model's hypotheses, those of earlier runs included, in the order of the plan; on the first rank alone."""
     dtype = options.dtype or ("fp16" if world.device.type == "cuda" else "fp32")
     decoding = Decoding(options.beam_size, options.fallback, dtype)
     keys = Keys(spec, decoding, options, mixer)
     done = {h.key: replace(h, model=spec.label) for h in read_hypotheses(Path(options.out))}
-    world.wait()  # nobody writes before all have read
     batches = plan(items, wanted, options.language == "auto", options.batch_size)
-    order = [keys.of(item, work.condition) for work in batches for item in work.items]
-    mine = [_missing(work, keys, done) for work in batches[world.rank :: world.size]]
-    mine = [work for work in mine if work.items]
-    new: list[Hypothesis] = []
-    if mine:
+    mine = batches[world.rank :: world.size]
+    missing = [work for work in (_missing(work, keys, done) for work in mine) if work.items]
+    if missing:
         recognize = backends.load(spec, decoding, world.device, options.seed)
         recognize([np.zeros(SAMPLE_RATE, np.float32)], "en")  # so that the first batch is not timed with its start-up
-        total = sum(len(work.items) for work in mine)
+        total = sum(len(work.items) for work in missing)
         with (
             Appender(Path(options.out), world) as file,
             tqdm(total=total, desc=spec.label, unit="utt", disable=not world.main, dynamic_ncols=True) as bar,
         ):
-            for work, mixtures in _prefetched(mine, mixer):
+            for work, mixtures in _prefetched(missing, mixer):
                 rows = _decode(recognize, spec, work, mixtures, keys, options.gates)
                 file.append(rows)
-                new += rows
+                done |= {h.key: h for h in rows}
                 bar.update(len(rows))
         del recognize
-    for rows in world.gather(new):
-        done |= {h.key: h for h in rows}
-    return [done[key] for key in order] if world.main else []
+    shares = world.gather([done[key] for work in mine for key in keys.of(work)])  # the ranks may share no disk
+    done = {h.key: h for share in shares for h in share}
+    return [done[key] for work in batches for key in keys.of(work)] if world.main else []
 
 
 def _missing(work: Work, keys: Keys, done: dict[str, Hypothesis]) -> Work:
-    return replace(work, items=[item for item in work.items if keys.of(item, work.condition) not in done])
+    return replace(work, items=[item for item, key in zip(work.items, keys.of(work)) if key not in done])
 
 
 def _prefetched(works: Sequence[Work], mixer: Mixer) -> Iterator[tuple[Work, list[Mixture]]]:
@@ -277,7 +273,7 @@ def _decode(
         readings = read_gates(recognize.model, recognize.mel(audio), texts, mixtures, work.language)
     return [
         Hypothesis(
-            key=keys.of(item, work.condition),
+            key=key,
             model=spec.label,
             condition=work.condition.name,
             utterance=item.id,
@@ -287,7 +283,7 @@ def _decode(
             cost=latency / len(texts),
             gates=reading,
         )
-        for item, text, x, reading in zip(work.items, texts, audio, readings)
+        for item, key, text, x, reading in zip(work.items, keys.of(work), texts, audio, readings)
     ]
 
 
@@ -302,7 +298,10 @@ class Keys:
         self.detect = options.language == "auto"
         self.sources = {kind: mixer.signature(kind) for kind in options.kinds}
 
-    def of(self, item: Item, condition: Condition) -> str:
+    def of(self, work: Work) -> list[str]:
+        return [self._one(item, work.condition) for item in work.items]
+
+    def _one(self, item: Item, condition: Condition) -> str:
         size = Path(item.utterance.audio).stat().st_size  # another recording under the same name
         parts = [*self.common, str(_language(item, self.detect)), item.id, str(size), condition.name]
         return _digest([*parts, self.sources[condition.kind]])
