@@ -6,9 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,8 @@ def make_tables(results: Results) -> list[Table]:
     tables = [_wer(results), _errors(results), _noise_only(results), _comparisons(results)]
     groups = list(dict.fromkeys(s.group for s in results.scores if s.group != "all"))
     tables += [_wer(results, group) for group in groups]
-    tables += [_speed(results), *(_gates(summary) for summary in results.gates), _correlations(results)]
+    tables.append(_speed(results))
+    tables += [table for summary in results.gates for table in (_gates(summary), _correlations(summary))]
     return [table for table in tables if table[2]]
 
 
@@ -162,17 +161,11 @@ def _gates(summary: GateSummary) -> Table:
     return title + "; noise: share of such positions", columns, rows
 
 
-def _correlations(results: Results) -> Table:
-    rows = []
-    for summary in results.gates:
-        for name in ("pearson", "spearman"):
-            rows.append([summary.model, name, *(_number(x, 3) for x in getattr(summary, name))])
-    n_layers = max((len(summary.pearson) for summary in results.gates), default=1) - 1
-    return (
-        "Correlation of gate and SNR",
-        ["model", "", *(f"layer {i}" for i in range(n_layers)), "mean of layers"],
-        rows,
-    )
+def _correlations(summary: GateSummary) -> Table:
+    columns = ["", *(f"gate {i}" for i in range(len(summary.pearson) - 1)), "gate"]
+    both = {"pearson": summary.pearson, "spearman": summary.spearman}
+    rows = [[name, *(_number(x, 3) for x in values)] for name, values in both.items()]
+    return f"Correlation of SNR and the gate of {summary.model} (spearman: with clean speech)", columns, rows
 
 
 def _mean(x: list[float] | float) -> float:
@@ -293,43 +286,29 @@ def draw(results: Results, folder: Path) -> list[str]:
     Returns notes for the user.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         return ["no plots: matplotlib is not installed (pip install 'dawhisper[plot]')"]
     kinds = list(dict.fromkeys(c.kind for c in results.conditions if c.noisy))
     for kind in kinds:
-        _plot(
-            pyplot,
-            folder / f"wer_{kind}.png",
-            f"{kind} noise (dotted: clean speech)",
-            "WER (%)",
-            partial(_wer_lines, results, kind),
-        )
+        figure = Figure(figsize=(6, 4))
+        _wer_lines(results, kind, figure.subplots())
+        _finish(figure, folder / f"wer_{kind}.png", f"{kind} noise (dotted: clean speech)", "WER (%)")
     for summary in results.gates:
         name = "".join(x if x.isalnum() or x in "-_." else "_" for x in summary.model)
-        title = f"gate of {summary.model}"
-        _plot(
-            pyplot,
-            folder / f"gate_{name}.png",
-            title,
-            "mean gate",
-            partial(_gate_lines, results, summary),
-        )
+        figure = Figure(figsize=(6, 4))
+        _gate_lines(results, summary, figure.subplots())
+        _finish(figure, folder / f"gate_{name}.png", f"gate of {summary.model}", "mean gate")
     return []
 
 
-def _plot(pyplot: Any, path: Path, title: str, label: str, fill: Callable[[Any], None]) -> None:
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    fill(axes)
+def _finish(figure: Any, path: Path, title: str, label: str) -> None:
+    [axes] = figure.axes
     axes.set(title=title, xlabel="SNR (dB)", ylabel=label)
     axes.invert_xaxis()  # harder to the right
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _wer_lines(results: Results, kind: str, axes: Any) -> None:

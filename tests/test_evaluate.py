@@ -378,7 +378,7 @@ def test_files_agree_with_each_other(results: tuple[report.Results, Path]) -> No
 def test_no_matplotlib_is_a_note(
     results: tuple[report.Results, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report.write(results[0], tmp_path)
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png")) and (tmp_path / "results.txt").is_file()
