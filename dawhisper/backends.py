@@ -200,23 +200,17 @@ class Faster:
 
         kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[decoding.dtype]
         self.model = WhisperModel(spec.path, device.type, device_index=device.index or 0, compute_type=kind)
-        self.options: dict[str, Any] = {"beam_size": decoding.beam_size or 1}
-        if not decoding.fallback:
-            self.options |= {
-                "temperature": 0.0,
-                "without_timestamps": True,
-                "no_speech_threshold": None,
-                "log_prob_threshold": None,
-                "compression_ratio_threshold": None,
-            }
+        self.decoding = decoding
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
         return [self._one(x, language) for x in audio]
 
     def _one(self, audio: np.ndarray, language: str | None) -> str:
-        options = self.options
-        if len(audio) > N_SAMPLES:  # it moves on by the timestamps
-            options = options | {"without_timestamps": False}
+        options: dict[str, Any] = {"beam_size": self.decoding.beam_size or 1}
+        if not self.decoding.fallback:
+            options["temperature"] = 0.0
+            if len(audio) <= N_SAMPLES:  # a window's text as it comes; beyond, it moves on by the timestamps
+                options |= {"without_timestamps": True, "no_speech_threshold": None}
         segments, _ = self.model.transcribe(audio, language=language, **options)
         return "".join(segment.text for segment in segments).strip()
 
