@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -133,9 +134,12 @@ def _bank(sources: Sequence[str], option: str, trim_silence: bool) -> NoiseBank 
     if not sources:
         return None
     try:
-        return NoiseBank.from_manifest(list(sources), trim_silence=trim_silence)
+        bank = NoiseBank.from_manifest(list(sources), trim_silence=trim_silence)
     except DataError as e:
         raise DataError(f"{option}: {e}; name a folder or manifest of audio files") from e
+    for name, _ in bank.skipped[:1]:
+        warnings.warn(f"{option}: unreadable recordings left out: {len(bank.skipped)}, such as {name}", stacklevel=2)
+    return bank
 
 
 def write_mixtures(folder: Path, mixer: Mixer, items: Sequence[Item], wanted: Sequence[Condition]) -> None:

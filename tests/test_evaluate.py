@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -125,6 +126,13 @@ def test_mixtures_have_their_snr(data: Path, kind: str) -> None:
             assert measure_snr(m.clean, m.noise, m.lengths).item() == pytest.approx(snr, abs=0.1)
 
 
+def test_reverb_with_a_recorded_response(data: Path) -> None:
+    """A response of one tap is no room at all."""
+    item = items_of(data)[0]
+    m = mixer_of(data, rirs=NoiseBank([np.array([0.5, 0, 0], np.float32)]))(item, Condition("reverb"))
+    assert torch.allclose(m.audio, m.clean, atol=1e-4)
+
+
 def test_noise_is_the_same_at_every_snr(data: Path) -> None:
     mixer, item = mixer_of(data), items_of(data)[0]
     loud, soft = mixer(item, Condition("real", 0.0)).noise, mixer(item, Condition("real", 20.0)).noise
@@ -235,6 +243,11 @@ def test_bad_noise(data: Path, tmp_path: Path) -> None:
         run(options(data, tmp_path, noise=[str(tmp_path / "empty")]))
     with pytest.raises(DataError, match="--noise: no such file or folder"):
         run(options(data, tmp_path, noise=[str(tmp_path / "gone")]))
+    shutil.copy(data / "noise/0.wav", tmp_path / "empty")
+    (tmp_path / "empty/bad.wav").write_bytes(b"RIFF")
+    single = [str(data / "single.safetensors")]
+    with pytest.warns(match=r"--noise: unreadable recordings left out: 1, such as .*bad\.wav"):
+        run(options(data, tmp_path, noise=[str(tmp_path / "empty")], models=single, kinds=["noise-only"], limit=1))
     with pytest.raises(OptionError, match="give --noise DIR"):
         run(options(data, tmp_path, noise=[], kinds=["real"]))
     alone = manifest(tmp_path, {"audio": str(data / "set0/0.wav"), "text": "hello"})
