@@ -166,6 +166,7 @@ def test_interrupt_keeps_what_was_transcribed(model: str, tmp_path: Path) -> Non
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells have it ignored
     )
     assert process.stdout is not None
     process.stdout.readline()  # the first segment
