@@ -278,18 +278,8 @@ def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptio
         for seek, last in recording.clips:
             while seek < (end := min(last, recording.frames)):
                 window = Window(seek, min(N_FRAMES, end - seek))
-                if not is_audible(recording.mel, window):
-                    bar.update(window.size)
-                    seek += window.size
-                    continue
-                features = encode_window(model, recording.mel, window)
-                result = decode_with_fallback(model, features, options, prompt.tokens(options))
-                split = split_segments(result, window, model, recording.tokenizer)
-                if is_silence(result, options):
-                    split = Split([], seek + window.size, skipped=True)
-                elif options.word_timestamps:
-                    split = with_words(split, model, recording, features, window, last_speech, options)
-                if not split.skipped:
+                split, result = hear(model, recording, window, options, prompt, last_speech)
+                if result is not None:
                     last_speech = last_word_end(split.segments, default=last_speech)
                     split = replace(split, segments=[without_empty(segment) for segment in split.segments])
                     prompt = prompt.after(split.segments, result, options)
@@ -300,6 +290,23 @@ def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptio
                     count += 1
                 seek = split.resume if split.resume > seek else seek + window.size
                 bar.update(min(seek, recording.frames) - window.seek)
+
+
+def hear(
+    model: Whisper, recording: Recording, window: Window, options: TranscribeOptions, prompt: Prompt, last_speech: float
+) -> tuple[Split, DecodingResult | None]:
+    """A window's segments and what they were cut from; None where the window counts as not heard."""
+    silence = Split([], window.seek + window.size, skipped=True)
+    if not is_audible(recording.mel, window):
+        return silence, None
+    features = encode_window(model, recording.mel, window)
+    result = decode_with_fallback(model, features, options, prompt.tokens(options))
+    if is_silence(result, options):
+        return silence, None
+    split = split_segments(result, window, model, recording.tokenizer)
+    if options.word_timestamps:
+        split = with_words(split, model, recording, features, window, last_speech, options)
+    return split, None if split.skipped else result
 
 
 def is_audible(mel: Tensor, window: Window) -> bool:
