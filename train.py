@@ -227,6 +227,8 @@ def compile_mode(mode: str, device: torch.device) -> str:
 def set_numerics(recipe: Recipe) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     torch.backends.cudnn.allow_tf32 = True
+    if recipe.loop.memory_share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(recipe.loop.memory_share)
     torch.manual_seed(recipe.seed)  # the new weights are the same on every device; data has generators of its own
     if recipe.loop.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -50,13 +50,14 @@ LABEL_FREE = ObjectiveOptions()
 Step = Callable[[], Tensor]
 
 
-def inputs_of(dims: ModelDimensions, batch: int, n_tokens: int, device: torch.device) -> Inputs:
+def inputs_of(dims: ModelDimensions, batch: int, n_frames: int, n_tokens: int, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    mel = torch.randn(batch, dims.n_mels, 2 * dims.n_audio_ctx, generator=generator)
+    clean_mel = torch.randn(batch, dims.n_mels, 2 * dims.n_audio_ctx, generator=generator)
+    mel = clean_mel[:, :, : 2 * n_frames].clone()
     tokens = torch.randint(0, 50000, (batch, n_tokens + 1), generator=generator)
-    frames = torch.ones(batch, dims.n_audio_ctx, dtype=torch.bool)
+    frames = torch.ones(batch, n_frames, dtype=torch.bool)
     snr_db = torch.full((batch,), 5.0)
-    tensors = (mel, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), snr_db, frames, mel.clone())
+    tensors = (mel, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), snr_db, frames, clean_mel)
     return Inputs(*(x.to(device) for x in tensors))
 
 
@@ -74,8 +75,6 @@ def ours(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions, obj
     world = World(inputs.mel.device)
     torch.manual_seed(0)
     model = Whisper(dims, None if options.single else DualOptions()).to(world.device)
-    if options.stream == "bf16":
-        model.encoder.positional_embedding = model.encoder.positional_embedding.bfloat16()
     model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = options.gradient_checkpointing
     student = Student(model, objective).to(world.device)
     teacher = None
@@ -84,7 +83,7 @@ def ours(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions, obj
         teacher = Teacher(Whisper(dims).to(world.device, half), objective, range(dims.n_text_layer))
     compile = options.compile
     if compile == "auto":
-        compile = "off" if world.device.type == "cpu" else "model" if dims.n_audio_layer <= 12 else "blocks"
+        compile = "off" if world.device.type == "cpu" else "model" if dims.n_audio_layer <= 12 else "encoder"
     parallel = parallelise(student, teacher, world, compile, fsdp=False)
     optimizer = make_optimizer(student, OptimOptions())
     parameters = list(student.parameters())
@@ -194,12 +193,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--compile", choices=["auto", "off", "blocks", "model", "graphs"], default="auto", help="ours")
+    parser.add_argument("--compile", choices=["auto", "off", "encoder", "model", "graphs"], default="auto", help="ours")
     parser.add_argument("--compile-peers", action="store_true", help="torch.compile the peers too")
     parser.add_argument("--attention", choices=["default", "cudnn", "flash"], default="default", help="ours")
-    parser.add_argument(
-        "--stream", choices=["fp32", "bf16"], default="fp32", help="ours: residual stream of the encoder"
-    )
+    parser.add_argument("--frames", type=int, default=1500, help="encoder positions of a window; 1500 = 30 s")
     parser.add_argument("--single", action="store_true", help="ours with one cross-attention")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ours")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
@@ -220,7 +217,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for size in options.sizes:
         dims, batch = SIZES[size], options.batch or BATCH[size]
-        inputs = inputs_of(dims, batch, options.tokens, device)
+        inputs = inputs_of(dims, batch, options.frames, options.tokens, device)
         for who in options.who:
             step = None
             try:
@@ -236,7 +233,7 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             dual = DualOptions() if who in ("ours", "label-free") and not options.single else None
-            flops = batch * training_flops(dims, dual, dims.n_audio_ctx, options.tokens)
+            flops = batch * training_flops(dims, dual, options.frames, options.tokens)
             mfu = flops / seconds / peak if peak else float("nan")
             rows.append(
                 {"size": size, "batch": batch, "who": who, "samples_per_second": batch / seconds, "mfu": mfu}

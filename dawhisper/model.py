@@ -170,7 +170,7 @@ class AudioEncoder(nn.Module):
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         if x.shape[1] > self.positional_embedding.shape[0]:
             raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
-        x = x + self.positional_embedding[: x.shape[1]]
+        x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # under autocast the layers stay in half precision
         mixed: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             x = maybe_checkpoint(self, block, x)

@@ -43,6 +43,7 @@ from .noise import AUDIO_SUFFIXES, audio_files
 SPLITS = ("train", "dev", "test")
 SHARD_CODECS = ("opus", "flac")
 CHECKED, LABELLED, REPORT = ".checked.jsonl", ".labelled.jsonl", "report.json"
+LOOPING = 2.4  # compression ratio of a repetitive text, Whisper's own threshold
 CHUNK = 16  # files that a process checks at a time
 ONLY_SPLIT = "manifest"  # the name of the one manifest where nothing is split
 
@@ -573,7 +574,11 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
             mel = log_mel_spectrogram(audio, model.dims.n_mels)[..., :N_FRAMES].to(model.dtype)
             results = decode(model, mel, DecodingOptions(language=language, without_timestamps=True, temperature=0.0))
             assert isinstance(results, list)  # one for each row of the batch
-            yield [(key, r.text.strip(), r.language) for (key, _), r in zip(batch, results)]
+            # a text in a loop is no text: the clip is then learnt from without one
+            yield [
+                (key, "" if r.compression_ratio > LOOPING else r.text.strip(), r.language)
+                for (key, _), r in zip(batch, results)
+            ]
 
 
 # ---- splitting ----------------------------------------------------------------------------------------------------

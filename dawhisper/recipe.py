@@ -136,12 +136,13 @@ class LoopOptions:
     """How the loop runs.
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
-    on a GPU that has it, fp32 on the CPU); compile: off, blocks (encoder blocks and losses), model (everything; tokens
-    are padded to multiples of 64), auto (model on a GPU); attention: the kernel to try first, default, cudnn or
+    on a GPU that has it, fp32 on the CPU); compile: off, encoder, model (everything; tokens are padded to multiples of
+    64), auto (model on a GPU); attention: the kernel to try first, default, cudnn or
     flash; fsdp: shard weights and optimiser over the devices;
     deterministic: bit-for-bit repeatable on a GPU too, slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
-    encoder positions. max_bad_steps: non-finite steps in a row that end the run.
+    encoder positions. max_bad_steps: non-finite steps in a row that end the run. memory_share: of the GPU's memory that
+    this process may take, for several runs side by side.
     """
 
     steps: int = 1500
@@ -158,6 +159,7 @@ class LoopOptions:
     save_every: int = 500
     keep: int = 2
     max_bad_steps: int = 20
+    memory_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _one_of("freeze", self.freeze, ("encoder", "primary", "secondary"))
         _one_of("loop.precision", [self.loop.precision], ("auto", "bf16", "fp16", "fp32"))
-        _one_of("loop.compile", [self.loop.compile], ("auto", "off", "blocks", "model"))
+        _one_of("loop.compile", [self.loop.compile], ("auto", "off", "encoder", "model"))
         _one_of("loop.attention", [self.loop.attention], ("default", "cudnn", "flash"))
         for key, value, least in (
             ("data.batch_size", self.data.batch_size, 1),

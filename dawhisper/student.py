@@ -168,23 +168,19 @@ class Student(nn.Module):
 def parallelise(student: Student, teacher: Teacher | None, world: World, compile: str, fsdp: bool) -> nn.Module:
     """What the loop calls in the student's place: compiled, and shared by the world's processes.
 
-    compile "blocks": encoder blocks, which take most of the time and are all alike (one compilation), and the
-    objectives, which then never hold the logits' intermediate results; "model": the whole forward pass; "graphs":
-    the same, replayed as CUDA graphs (the throughput benchmark alone; the loop does not use it yet).
+    compile "encoder": the encoders, which take most of the time and see few shapes; "model": the whole forward pass;
+    "graphs": the same, replayed as CUDA graphs (the throughput benchmark alone; the loop does not use it yet).
     """
-    if compile == "blocks":
-        torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
+    torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
+    if compile == "encoder":
         for model in [student.model] if teacher is None else [student.model, teacher.model]:
-            for block in model.encoder.blocks:
-                block.compile(dynamic=False)
-        student.score = torch.compile(student.score)  # type: ignore[method-assign]
+            model.encoder.compile(dynamic=False)
     parallel: nn.Module = student
     if fsdp:
         parallel = shard(student, world)
     elif world.size > 1:
         parallel = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     if compile in ("model", "graphs"):
-        torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if compile == "graphs" else None
         parallel.compile(dynamic=False, mode=mode)
         if teacher is not None:

@@ -83,7 +83,7 @@ def test_the_control_differs_in_the_second_branch_alone() -> None:
         ("optim.lr=[1", "not valid YAML"),
         ("freeze=[encodr]", "did you mean encoder?"),
         ("loop.precision=bf61", "did you mean bf16?"),
-        ("loop.compile=all", "must be one of auto, off, blocks, model"),
+        ("loop.compile=all", "must be one of auto, off, encoder, model"),
         ("loop.steps=0", "loop.steps is 0; it must be at least 1"),
         ("objective.logits=0", "nothing teaches the decoder"),
         ("model.dual=false", "objective.gate to 0"),
