@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from whisper.utils import compression_ratio
 
 from dawhisper.errors import OptionError
+from dawhisper.targets import lower
 
 Floats = NDArray[np.float64]
 NORMALIZERS = ("auto", "english", "basic", "none")
@@ -77,7 +78,11 @@ class Comparison:
 
 @cache
 def normalizer(name: str, language: str | None) -> Callable[[str], str]:
-    """Whisper's text normaliser: English for English and basic for others ("auto"), or the one that is named."""
+    """Whisper's text normaliser: English for English and basic for others ("auto"), or the one that is named.
+
+    "auto" also lower-cases by the language: of the dotted İ of Turkish and Azerbaijani the basic one makes "i" and a
+    space, and so two words, and of I the other letter.
+    """
     from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
     if name not in NORMALIZERS:
@@ -87,7 +92,8 @@ def normalizer(name: str, language: str | None) -> Callable[[str], str]:
     if name == "english" or (name == "auto" and language == "en"):
         return EnglishTextNormalizer()
     basic = BasicTextNormalizer(split_letters=language in UNSPACED)
-    return lambda text: " ".join(basic(text).split())  # the basic one leaves spaces at the ends
+    known = (language or "") if name == "auto" else ""
+    return lambda text: " ".join(basic(lower(text, known)).split())  # the basic one leaves spaces at the ends
 
 
 def count_words(reference: str, hypothesis: str) -> Counts:

@@ -48,6 +48,8 @@ def test_normalizers() -> None:
     assert english("Mr. Brown's colour isn't grey, it's £20!") == english("mister brown's color is not gray it is £20")
     assert metrics.normalizer("auto", "fr")("« Voilà, c'est ça ! »") == "voilà c est ça"
     assert metrics.normalizer("auto", "zh")("你好。") == "你 好"
+    assert metrics.normalizer("auto", "az")("İslandiya, Işıq.") == "islandiya ışıq"
+    assert metrics.normalizer("basic", "az")("İslandiya") == "i slandiya"  # as Whisper's own does
     assert metrics.normalizer("english", "fr")("the colour") == "the color"
     assert metrics.normalizer("none", "en")(" A  b. ") == "A b."
     with pytest.raises(OptionError, match="unknown normalizer 'whisper'"):

@@ -82,7 +82,10 @@ def test_librispeech(tmp_path: Path) -> None:
 
 def test_common_voice(tmp_path: Path) -> None:
     root = tmp_path / "cv-corpus-17.0" / "az"
-    columns = "client_id\tpath\tsentence\tup_votes\tlocale\n"
+    columns = (  # of a real release
+        "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\taccents\t"
+        "variant\tlocale\tsegment\n"
+    )
     rows = {
         "train": [("spk-a" * 9, "a1.mp3", 'Salam "dünya"')],
         "dev": [("spk-b" * 9, "b1.mp3", "Sabahınız xeyir.")],
@@ -96,7 +99,8 @@ def test_common_voice(tmp_path: Path) -> None:
     }
     for name, lines in rows.items():
         (root / "clips").mkdir(parents=True, exist_ok=True)
-        (root / f"{name}.tsv").write_text(columns + "".join(f"{a}\t{b}\t{c}\t2\taz\n" for a, b, c in lines), "utf-8")
+        cells = (f"{a}\t{b}\t5f3e\t{c}\t\t2\t0\ttwenties\tfemale_feminine\t\t\taz\t\n" for a, b, c in lines)
+        (root / f"{name}.tsv").write_text(columns + "".join(cells), "utf-8")
         for k, (_, path, _) in enumerate(lines):
             write_wav(root / "clips" / path, 1.0, k)  # ffmpeg looks at what is inside, not at the name
     for given in (root, tmp_path / "cv-corpus-17.0"):
@@ -119,7 +123,7 @@ def test_fleurs(tmp_path: Path, packed: bool) -> None:
     for split in ("train", "dev"):
         for k in range(2):
             write_wav(root / "audio" / split / f"{split}{k}.wav", 1.0, k)
-        rows = [f"{k}\t{split}{k}.wav\tMətn {k}.\tmətn {k}\tm ə t n\t16000\tFEMALE\n" for k in range(3)]
+        rows = [f"{k}\t{split}{k}.wav\tMətn {k}.\tmətn {k}\tm ə t n | {k} |\t16000\tFEMALE\n" for k in range(3)]
         (root / f"{split}.tsv").write_text("".join(rows), "utf-8")
         if packed:
             with tarfile.open(root / "audio" / f"{split}.tar.gz", "w:gz") as tar:

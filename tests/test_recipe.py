@@ -58,6 +58,16 @@ def test_a_recipe_may_build_on_another(tmp_path: Path) -> None:
     assert "circle" in complaint(circle)
 
 
+def test_azerbaijani_learns_from_transcripts_and_keeps_one_course_over_both_stages() -> None:
+    one, two = (read_recipe(next(p for p in CONFIGS if p.stem == f"azerbaijani_stage{n}")) for n in (1, 2))
+    assert "primary" not in one.freeze and not two.freeze  # the language lies in Whisper's own decoder
+    assert one.data == two.data and one.data.targets.language == "az"
+    assert one.objective.cross_entropy > one.objective.logits > 0
+    changed = {line.split(":")[0] for line in differences(to_dict(one), to_dict(two))}
+    assert {key for key in changed if key.startswith("objective")} == {"objective.encoder"}
+    assert two.model.name == f"{one.out}/best.safetensors" and two.model.teacher == one.model.name
+
+
 def test_the_control_differs_in_the_second_branch_alone() -> None:
     both = {path.stem: to_dict(read_recipe(path)) for path in CONFIGS}
     changed = {line.split(":")[0] for line in differences(both["base_noise"], both["single_branch"])}
