@@ -467,7 +467,7 @@ def make_loader(
     }
     if not in_memory:
         return Loader(usable, **options)
-    clips, kept = _decode_all(usable, chooser, report)
+    clips, kept = _decode_all(usable, chooser, report, workers)
     if not kept:
         raise DataError(f"nothing to train on in {manifests}: {report}")
     return MemoryLoader(clips, utterances=kept, **options)
@@ -513,13 +513,13 @@ def _header_seconds(u: Utterance) -> float:
 
 
 def _decode_all(
-    utterances: list[Utterance], targets: Targets, report: Report
+    utterances: list[Utterance], targets: Targets, report: Report, workers: int
 ) -> tuple[list[np.ndarray], list[Utterance]]:
-    """Decode everything."""
+    """Decode everything; `workers` 0: in as many processes as there are cores."""
     from tqdm import tqdm
 
     clips, kept = [], []
-    results = in_processes(partial(_read, targets=targets), utterances)
+    results = in_processes(partial(_read, targets=targets), utterances, workers)
     for u, (clip, why) in zip(
         utterances, tqdm(results, "decoding", len(utterances), unit="clip", leave=False, disable=None)
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,13 +52,14 @@ class Feed:
             device=world.device,
             in_memory=data.in_memory,
         )
+        bank = partial(NoiseBank.from_manifest, device=world.device, workers=data.workers)
         self.augment = Augment(
             recipe.augment,
-            NoiseBank.from_manifest(data.noise, world.device) if data.noise else None,
-            NoiseBank.from_manifest(data.rir, world.device, trim_silence=False) if data.rir else None,
+            bank(data.noise) if data.noise else None,
+            bank(data.rir, trim_silence=False) if data.rir else None,
             recipe.seed,
             world.rank,
-            NoiseBank.from_manifest(data.babble, world.device) if data.babble else None,
+            bank(data.babble) if data.babble else None,
         )
         level = recipe.augment.noise_level
         self.snr = NOISE_LEVELS[level] if level else recipe.augment.snr

@@ -9,11 +9,15 @@ Everything is computed in float32, whatever the inputs' type.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a label without loss
+ROWS = 1024  # token positions whose distributions over the vocabulary are looked at together
 FRAME = 320  # samples per encoder position: hop 160, halved in time by the encoder's second convolution
 
 
@@ -23,13 +27,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, 
     Label smoothing after Szegedy et al. 2016 (arXiv:1512.00567, section 7): the target is
     (1 - e) one_hot(label) + e / V.
     """
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        labels.flatten(),
-        ignore_index=IGNORE,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+
+    def entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        options = {"ignore_index": IGNORE, "label_smoothing": label_smoothing, "reduction": "sum"}
+        return F.cross_entropy(logits.float(), labels, **options)  # type: ignore[arg-type]
+
+    total = _by_rows(entropy, logits.flatten(0, 1), labels.flatten())
     return total / _number(labels != IGNORE, count)
 
 
@@ -41,10 +44,23 @@ def distil_logits(
     t^2 KL(softmax(teacher / t) || softmax(student / t)), after Hinton et al. 2015 (arXiv:1503.02531, section 2.1):
     the factor t^2 keeps the gradient's size when the temperature changes.
     """
-    p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    q = F.log_softmax(student.float() / temperature, dim=-1)
-    divergence = (p.exp() * (p - q)).sum(-1)
-    return temperature**2 * (divergence * mask).sum() / _number(mask, count)
+
+    def divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        p = F.log_softmax(teacher.float() / temperature, dim=-1)
+        q = F.log_softmax(student.float() / temperature, dim=-1)
+        return ((p.exp() * (p - q)).sum(-1) * mask).sum()
+
+    total = _by_rows(divergence, student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten())
+    return temperature**2 * total / _number(mask, count)
+
+
+def _by_rows(loss: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The sum of a loss over some rows at a time, computed again in the backward pass.
+
+    Logits are a step's largest tensors: at once, autograd would keep five more of them in float32.
+    """
+    parts = zip(*(x.split(ROWS) for x in tensors))
+    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
 def distil_features(student: Tensor, teacher: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:

@@ -299,8 +299,9 @@ class TextDecoder(nn.Module):
         cache: KVCache | None = None,
         trace: Trace | None = None,
         positions: Sequence[int] | None = None,
+        dtype: torch.dtype | None = torch.float32,
     ) -> Tensor:
-        """tokens [R, n] -> logits [R, n, V] in float32.
+        """tokens [R, n] -> logits [R, n, V] of type `dtype`; None leaves them as they are computed.
 
         With a cache the tokens follow those already in it, and the audio is the cache's; without one, `features`
         gives the audio. `positions` limits the logits to some of the n tokens, in the order given.
@@ -319,7 +320,8 @@ class TextDecoder(nn.Module):
             cache.length = end
         if positions is not None:
             x = x[:, list(positions)]
-        return (self.ln(x) @ self.token_embedding.weight.T.to(x.dtype)).float()
+        logits = self.ln(x) @ self.token_embedding.weight.T.to(x.dtype)
+        return logits if dtype is None else logits.to(dtype)
 
 
 class KVCache:

@@ -83,7 +83,7 @@ class Teacher(nn.Module):
         features = self.model.encode(inputs.clean_mel)
         logits = None
         if o.logits or o.attention:
-            logits = self.model.decoder(inputs.tokens, features, trace=trace)
+            logits = self.model.decoder(inputs.tokens, features, trace=trace, dtype=None)
         return Lesson(
             logits if o.logits else None,
             features.primary[:, :n_frames] if o.encoder else None,
@@ -114,7 +114,7 @@ class Student(nn.Module):
         wanted = model.dual is not None or o.attention
         trace = Trace(attention=bool(o.noise_attention)) if wanted else None
         features = model.encode(inputs.mel)
-        logits = model.decoder(inputs.tokens, features, trace=trace)
+        logits = model.decoder(inputs.tokens, features, trace=trace, dtype=None)
         if trace is None:
             return Heard(logits, *features, (), (), ())
         parts = (trace.output, trace.gate, trace.secondary)

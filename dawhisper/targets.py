@@ -28,6 +28,7 @@ class TargetOptions:
     timestamps: share of the targets with time stamps. prompt: share that has the previous text as a prompt.
     language: for utterances that don't say theirs. task: "transcribe" or "translate".
     require_text: leave out what would have no target; otherwise it is kept, without labels.
+    max_tokens: leave out longer texts (a step's memory goes with its longest text; decoding writes 224 at most).
     """
 
     multilingual: bool = True
@@ -40,6 +41,7 @@ class TargetOptions:
     language: str | None = None
     task: str = "transcribe"
     require_text: bool = False
+    max_tokens: int = 448
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -117,8 +119,8 @@ class Targets:
             body.append(tokenizer.timestamp_begin + round(n_samples / N_SAMPLES_PER_TOKEN))
         body.append(tokenizer.eot)
         room = o.n_text_ctx + 1 - len(prefix) - len(body)
-        if room < 0:
-            raise DataError(f"text too long: {len(body)} tokens, the decoder takes {o.n_text_ctx}")
+        if room < 0 or len(body) > o.max_tokens:
+            raise DataError(f"text too long: {len(body)} tokens, more than {min(o.n_text_ctx, o.max_tokens)}")
         prompt: list[int] = []
         before = self.choose(previous) if previous is not None and draw_prompt < o.prompt else None
         if before is not None and room > 1:
@@ -131,7 +133,8 @@ class Targets:
     def encode(self, text: str, language: str) -> list[int]:
         """Text -> token ids, with the leading space that Whisper's texts have."""
         space = "" if language in NO_SPACE_LANGUAGES else " "
-        return self.tokenizer.encode(space + text.strip())
+        # "<|...|>" in a text is text
+        return self.tokenizer.encode(space + text.strip(), disallowed_special=())
 
     def _language(self, code: str | None) -> str | None:
         known = whisper_language(code, self.options.num_languages)

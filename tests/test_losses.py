@@ -38,6 +38,18 @@ def test_label_smoothing() -> None:
     assert losses.cross_entropy(logits, labels, label_smoothing=0.1).item() == pytest.approx(expected.item())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distil_logits_gradient_is_that_of_the_formula(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    monkeypatch.setattr(losses, "ROWS", 4)  # of 10: two and a half times
+    torch.manual_seed(0)
+    student, teacher, mask = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7), torch.rand(2, 5) > 0.3
+    losses.distil_logits(student, teacher, mask, temperature).mul(3).backward()
+    ours, student.grad = student.grad, None
+    p, q = (F.log_softmax(x / temperature, dim=-1) for x in (teacher, student))
+    (3 * temperature**2 * ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()).backward()
+    torch.testing.assert_close(ours, student.grad)
+
+
 def test_distil_logits_is_a_divergence() -> None:
     teacher = torch.tensor([[[math.log(3.0), 0.0], [5.0, 1.0]]])  # 3/4, 1/4 at the first position
     student = torch.zeros(1, 2, 2)
