@@ -292,7 +292,7 @@ def initial_tokens(model: Whisper, tokenizer: Tokenizer, options: DecodingOption
     """[<|startofprev|> prompt] <|startoftranscript|> [language, task] [<|notimestamps|>] [prefix]"""
 
     def encoded(text: str | list[int]) -> list[int]:
-        return tokenizer.encode(" " + text.strip()) if isinstance(text, str) else list(text)
+        return tokenizer.encode(" " + text.strip(), disallowed_special=()) if isinstance(text, str) else list(text)
 
     half = model.dims.n_text_ctx // 2
     tokens = list(

@@ -108,7 +108,10 @@ def _tokens(model: Whisper, texts: Sequence[str], language: str | None) -> tuple
     tokenizer = model_tokenizer(model, language or "en", "transcribe")
     prompt = initial_tokens(model, tokenizer, DecodingOptions(language=language or "en", without_timestamps=True))
     room = model.dims.n_text_ctx - len(prompt)
-    rows = [prompt + (tokenizer.encode(" " + text.strip())[:room] if text.strip() else []) for text in texts]
+    rows = [
+        prompt + (tokenizer.encode(" " + text.strip(), disallowed_special=())[:room] if text.strip() else [])
+        for text in texts
+    ]
     n = max(map(len, rows))
     tokens = torch.tensor([row + [tokenizer.eot] * (n - len(row)) for row in rows], device=model.device)
     position = torch.arange(n, device=model.device)

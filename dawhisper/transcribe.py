@@ -192,7 +192,11 @@ class Prompt:
     @classmethod
     def of(cls, model: Whisper, tokenizer: Tokenizer, options: TranscribeOptions) -> Prompt:
         text = options.initial_prompt
-        return cls(tokenizer.encode(" " + text.strip()) if text else [], [], model.dims.n_text_ctx // 2 - 1)
+        return cls(
+            tokenizer.encode(" " + text.strip(), disallowed_special=()) if text else [],
+            [],
+            model.dims.n_text_ctx // 2 - 1,
+        )
 
     def tokens(self, options: TranscribeOptions) -> list[int]:
         if options.carry_initial_prompt:

@@ -10,7 +10,15 @@ import whisper
 from peer import VARIANTS, pair, talkative, trained
 from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
 
-from dawhisper.decoding import DecodingOptions, Rules, decode, detect_language, language_code, model_tokenizer
+from dawhisper.decoding import (
+    DecodingOptions,
+    Rules,
+    decode,
+    detect_language,
+    initial_tokens,
+    language_code,
+    model_tokenizer,
+)
 from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions
 
@@ -192,3 +200,10 @@ def test_languages_by_code_and_name() -> None:
     assert language_code("az") == language_code("Azerbaijani") == "az"
     with pytest.raises(OptionError, match="newer"):  # Cantonese came with large-v3
         model_tokenizer(pair()[0], "yue")
+
+
+def test_special_tokens_in_a_prompt_are_text() -> None:
+    model, _ = pair()
+    tokenizer = model_tokenizer(model, "en")
+    tokens = initial_tokens(model, tokenizer, DecodingOptions(language="en", prompt="<|endoftext|> so"))
+    assert tokens[0] == tokenizer.sot_prev and tokenizer.eot not in tokens
