@@ -238,9 +238,7 @@ class DecoderBlock(nn.Module):
         q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
         mask = None
         if cache is not None:
-            k, v = cache.write(layer, k, v)
-            if n > 1 and k.shape[2] > n:  # several tokens after earlier ones
-                mask = torch.ones(n, k.shape[2], dtype=torch.bool, device=y.device).tril(k.shape[2] - n)
+            k, v, mask = cache.write(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
         return self.attn.out(merge(out))
 
@@ -260,10 +258,11 @@ class DecoderBlock(nn.Module):
             read, read2 = read.chunk(2, dim=1)
             if memory.noise is not None:
                 key, value = (x.expand(len(q2), -1, -1, -1) for x in memory.noise)
-                read2 = read2 + self.noise_scale[:, None, None] * F.scaled_dot_product_attention(q2, key, value)
+                noise = F.scaled_dot_product_attention(q2, key, value)
+                read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
             p, s = primary.out(merge(read)), secondary.out(merge(read2))
             gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
-            fused = s + gate * (p - s)  # a p + (1 - a) s, and exactly p where s equals p
+            fused = torch.lerp(s, p, gate)  # a p + (1 - a) s, and exactly p where s equals p
         if trace is not None:
             trace.output[layer] = fused.view(*rows, -1)
             if gate is not None:
@@ -286,7 +285,9 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
         self.ln = nn.LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
+        self.output: nn.Module | None = None  # in place of the embedding's rows, where these are not kept as floats
         self.gradient_checkpointing = False
+        self.compile_step = False  # see Whisper.compile_blocks
 
     def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
         for block in self.blocks:
@@ -319,7 +320,12 @@ class TextDecoder(nn.Module):
             cache.length = end
         if positions is not None:
             x = x[:, list(positions)]
-        return (self.ln(x) @ self.token_embedding.weight.T.to(x.dtype)).float()
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last block's output [..., d] -> logits [..., V] in float32."""
+        x = self.ln(x)
+        return (self.output(x) if self.output else x @ self.token_embedding.weight.T.to(x.dtype)).float()
 
 
 class KVCache:
@@ -341,13 +347,24 @@ class KVCache:
     def rows(self) -> int:
         return self.states.shape[2]
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e]."""
-        end = self.length + key.shape[2]
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e].
+
+        Also the mask [n, length + n] of what each may attend to, where "all" or "none that follow" doesn't say it.
+        """
+        n = key.shape[2]
+        end = self.length + n
         keys, values = self.states[layer]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        mask = None
+        if n > 1 and self.length > 0:  # several tokens after earlier ones
+            mask = torch.ones(n, end, dtype=torch.bool, device=key.device).tril(self.length)
+        return keys[:, :, :end], values[:, :, :end], mask
+
+    def next_logits(self, decoder: TextDecoder, tokens: Tensor) -> Tensor:
+        """The token step: tokens [R, 1] -> logits [R, V] of what follows."""
+        return decoder(tokens, cache=self)[:, 0]
 
     def repeat(self, group: int) -> None:
         """Make `group` rows of every row."""
@@ -441,6 +458,15 @@ class Whisper(nn.Module):
         """Heads for word times from openai-whisper's table (base85 of gzipped booleans, layers by heads)."""
         flags = torch.frombuffer(bytearray(gzip.decompress(base64.b85decode(dump))), dtype=torch.bool)
         self.alignment_heads = flags.view(self.dims.n_text_layer, self.dims.n_text_head).to(self.device)
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile fuse what lies between the matrix products of the encoder and of the token step.
+
+        The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
+        """
+        for block in self.encoder.blocks:
+            block.compile()
+        self.decoder.compile_step = True
 
     def freeze_encoder(self) -> None:
         """No gradients for the encoder; the layer mixture, which belongs to the second branch, still learns."""
