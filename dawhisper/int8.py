@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .errors import OptionError
 from .model import Whisper
 
+VNNI = torch.cpu._is_vnni_supported()
+
 
 class Int8Linear(nn.Module):
     """x [..., in] -> [..., out] in fp32, from weights [out, in] packed for the processor."""
@@ -21,11 +23,15 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         zero = torch.zeros(len(weight), dtype=torch.long)
         quantized = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        self.bias = bias
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        # rows are brought to one range, since the kernel takes one scale for all of them
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
         # without 8-bit dot products the sums of two products have 16 bits: activations must then do with 7
-        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=not torch.cpu._is_vnni_supported())
+        y = torch.ops.quantized.linear_dynamic(x / largest, self.packed, reduce_range=not VNNI)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 def quantize(model: Whisper, encoder: bool = True) -> Whisper:
@@ -40,5 +46,5 @@ def quantize(model: Whisper, encoder: bool = True) -> Whisper:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and child.out_features % 8 == 0:
                     setattr(parent, name, Int8Linear(child.weight.detach(), None if child.bias is None else child.bias.detach()))
-    model.decoder.unembed = Int8Linear(model.decoder.token_embedding.weight.detach(), None)
+    model.decoder.output = Int8Linear(model.decoder.token_embedding.weight.detach(), None)
     return model
