@@ -19,7 +19,6 @@ from torch import Tensor
 from .model import AudioFeatures, DecoderBlock, KVCache, TextDecoder
 
 SPANS = (64, 128, 256, 448)  # positions read by the self-attention
-KEPT = 4  # caches of different shapes that a decoder keeps for later windows
 _kept: WeakKeyDictionary[TextDecoder, OrderedDict[Any, StaticKVCache]] = WeakKeyDictionary()
 
 
@@ -52,6 +51,11 @@ class StaticKVCache(KVCache):
         self.position = torch.zeros(1, dtype=torch.long, device=self.states.device)
         self.columns = torch.arange(self.states.shape[-2], device=self.states.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the logits that they leave, by span
+
+    @property
+    def nbytes(self) -> int:
+        audio = (x for memory in self.memories for x in (memory.key, memory.value))
+        return sum(x.nbytes for x in (self.rows_states, *audio))
 
     def refill(self, decoder: TextDecoder, features: AudioFeatures) -> None:
         """Start again with other windows."""
@@ -88,7 +92,7 @@ class StaticKVCache(KVCache):
     def _step(self, decoder: TextDecoder, span: int) -> Tensor:
         x = decoder.token_embedding(self.token) + decoder.positional_embedding[self.position]
         mask = (self.columns[:span] <= self.position)[None]
-        forward = _compiled_block() if decoder.compile_step else DecoderBlock.forward
+        forward: Any = _compiled_block() if decoder.compile_step else DecoderBlock.forward
         for block, memory, (keys, values) in zip(decoder.blocks, self.memories, self.rows_states):
             slot = LayerSlot(keys[:, :, :span], values[:, :, :span], self.position, mask)
             x = forward(block, x, memory, slot, 0, None)  # the slot is the layer's own: one compiled block serves all
@@ -119,7 +123,7 @@ def _compiled_block() -> Any:
 def open_cache(decoder: TextDecoder, features: AudioFeatures, group: int, max_length: int) -> Iterator[KVCache]:
     """A cache for these windows and `group` rows each: on a GPU one with graphs, which is kept for later windows.
 
-    While it is in use no other thread finds it.
+    While it is in use no other thread finds it. The ones used longest ago are given up for the memory of newer ones.
     """
     if not wants_graphs(features):
         yield KVCache(decoder, features, max_length)
@@ -130,13 +134,19 @@ def open_cache(decoder: TextDecoder, features: AudioFeatures, group: int, max_le
     key = (features.primary.shape, features.primary.dtype, group, decoder.compile_step, weights)
     found = kept.pop(key, None)
     if found is None:
-        found = StaticKVCache(decoder, features, group)
+        with torch.inference_mode(False), torch.no_grad():  # so that any later caller may write to it
+            found = StaticKVCache(decoder, features, group)
     else:
         found.refill(decoder, features)
     yield found
     kept[key] = found
-    while len(kept) > KEPT:
+    while len(kept) > 1 and sum(one.nbytes for one in kept.values()) > most_bytes(features.primary.device):
         kept.popitem(last=False)
+
+
+def most_bytes(device: torch.device) -> int:
+    """What a decoder may keep: an eighth of a GPU's memory, beside the cache used last."""
+    return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else 1 << 30
 
 
 def wants_graphs(features: AudioFeatures) -> bool:

@@ -129,6 +129,17 @@ def merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def rows_product(x: Tensor, weight: Tensor, block: int = 128) -> Tensor:
+    """x [R, d] times weight [V, d] transposed -> [R, V], for a few rows in fp32 on a CPU.
+
+    In blocks of the weight, which the threads share; as one product it runs on one thread and takes twice as long.
+    """
+    whole = len(weight) // block * block
+    blocks = weight[:whole].unflatten(0, (-1, block))
+    first = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1)).flatten(0, 1)  # [whole, R]
+    return torch.cat([first, weight[whole:] @ x.T]).T
+
+
 def mlp(n_state: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_state, 4 * n_state), nn.GELU(), nn.Linear(4 * n_state, n_state))
 
@@ -325,7 +336,12 @@ class TextDecoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [..., d] -> logits [..., V] in float32."""
         x = self.ln(x)
-        return (self.output(x) if self.output else x @ self.token_embedding.weight.T.to(x.dtype)).float()
+        if self.output is not None:
+            return self.output(x)
+        weight = self.token_embedding.weight.to(x.dtype)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() <= 8:
+            return rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return (x @ weight.T).float()
 
 
 class KVCache:

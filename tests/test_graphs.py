@@ -68,10 +68,25 @@ def test_new_weights_and_shapes_get_caches_of_their_own(static) -> None:
     after = tokens_of(model, mels(1), **options)
     static(False)
     assert after == tokens_of(model, mels(1), **options) != before
+
+
+def test_old_caches_make_room(static, monkeypatch: pytest.MonkeyPatch) -> None:
     static(True)
-    for windows in range(1, 2 * graphs.KEPT):
+    model = model_on("cpu")
+
+    def windows_kept() -> list[int]:
+        return [len(cache.memories[0].key) for cache in graphs._kept[model.decoder].values()]
+
+    for windows in (1, 2, 3, 1):
         tokens_of(model, mels(windows), sample_len=2)
-    assert len(graphs._kept[model.decoder]) == graphs.KEPT
+    assert windows_kept() == [2, 3, 1]
+    room = sum(cache.nbytes for cache in graphs._kept[model.decoder].values())
+    monkeypatch.setattr(graphs, "most_bytes", lambda device: room)
+    tokens_of(model, mels(4), sample_len=2)
+    assert windows_kept() == [1, 4]
+    monkeypatch.setattr(graphs, "most_bytes", lambda device: 0)
+    tokens_of(model, mels(1), sample_len=2)
+    assert windows_kept() == [1]
 
 
 def test_a_cache_in_use_is_not_shared(static) -> None:
@@ -79,9 +94,10 @@ def test_a_cache_in_use_is_not_shared(static) -> None:
     model = model_on("cpu")
     with torch.no_grad():
         features = model.encode(mels(1))
-        with graphs.open_cache(model.decoder, features, 1, 9) as one, graphs.open_cache(
-            model.decoder, features, 1, 9
-        ) as other:
+        with (
+            graphs.open_cache(model.decoder, features, 1, 9) as one,
+            graphs.open_cache(model.decoder, features, 1, 9) as other,
+        ):
             assert one is not other
 
 
