@@ -246,7 +246,7 @@ def _evaluate_parser(commands: Any) -> None:
     add("--batch-size", type=int, help="utterances decoded together; 16 by default")
     add("--beam-size", type=int, help="beams; greedy by default")
     add("--fallback", action="store_true", help="decode as transcribe does, with temperature fallback, one at a time")
-    add("--dtype", choices=["fp32", "fp16", "bf16"], help="fp16 on a GPU and fp32 elsewhere by default")
+    add("--dtype", choices=["fp32", "fp16", "bf16", "int8"], help="fp16 on a GPU and fp32 elsewhere by default")
     add("--device", help="cpu, cuda or cuda:N; a GPU if there is one by default")
     add("--normalizer", choices=["auto", "english", "basic", "none"], help="auto: by language")
     add("--bootstrap-samples", type=int, metavar="N", help="of every interval and test; 10000 by default")

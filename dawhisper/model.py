@@ -296,7 +296,7 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
         self.ln = nn.LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
-        self.output: nn.Module | None = None  # in place of the embedding's rows, where these are not kept as floats
+        self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
         self.gradient_checkpointing = False
         self.compile_step = False  # see Whisper.compile_blocks
 
