@@ -47,7 +47,8 @@ class EvaluateOptions:
     limit: only the first utterances of each manifest (babble is still made of all of them).
     language: of all utterances; None takes each one's from the manifest; with "auto" the models detect it, and the
         manifest's is that of the normaliser alone.
-    dtype: fp32, fp16, bf16 or int8 (CPU); None is fp16 on a GPU and fp32 elsewhere. device: "auto", "cpu", "cuda", "cuda:N".
+    dtype: fp32, fp16, bf16 or, on a CPU, int8; None is fp16 on a GPU and fp32 elsewhere.
+    device: "auto", "cpu", "cuda", "cuda:N".
     normalizer: "auto" (English for English, else basic), "english", "basic" or "none".
     bootstrap_samples: of every interval and test. write_audio: folder for the mixtures, as WAV.
     gates: measure the gate and attention of dual models too. plots: draw PNGs, if matplotlib is installed.
