@@ -1,6 +1,7 @@
 """Tokens per second with random weights: dual, single-branch, and Hugging Face transformers in the same run.
 
-    python benchmarks/decode_throughput.py --compile
+    python benchmarks/decode_throughput.py
+    python benchmarks/decode_throughput.py --who dual single --compile
     python benchmarks/decode_throughput.py --device cpu --dtype fp32 --sizes tiny --batches 1 2 --tokens 8
 
 Greedy, 30 s windows, the number of tokens forced. Rows are printed as they are measured.
@@ -82,7 +83,7 @@ def transformers(size: str, batch: int, who: str, args: argparse.Namespace) -> t
 
     assert generate(args.tokens).shape[1] == first.shape[1] + args.tokens
     encoder = milliseconds(lambda: model.get_encoder()(mel), device, args.repeats)
-    whole = milliseconds(lambda: generate(args.tokens), device, args.repeats)
+    whole = milliseconds(lambda: generate(args.tokens), device, 1)  # after two that don't count
     prefill = milliseconds(lambda: generate(1), device, args.repeats) - encoder
     n = 1e3 * batch * args.tokens
     step = (whole - encoder - prefill) / (args.tokens - 1)
@@ -100,7 +101,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--no-cudnn", action="store_true", help="attention by PyTorch's own kernels alone")
     args = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
 
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {args.tokens} tokens a window", end="")
