@@ -108,7 +108,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {args.tokens} tokens a window", end="")
     print(", ours compiled\n" if args.compile else "\n")
-    print(f"| {COLUMNS} |\n|{'---|' * len(COLUMNS.split('|'))}")
+    print(f"| {COLUMNS} |\n|{'---|' * len(COLUMNS.split('|'))}", flush=True)
     for size in args.sizes:
         for batch in args.batches:
             for who in args.who:

@@ -50,15 +50,21 @@ class StaticKVCache(KVCache):
         self.token = torch.zeros(self.rows * group, 1, dtype=torch.long, device=self.states.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.states.device)
         self.columns = torch.arange(self.states.shape[-2], device=self.states.device)
+        self.weights = [block.joint_weights() for block in decoder.blocks]  # type: ignore[operator]
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the logits that they leave, by span
 
     @property
     def nbytes(self) -> int:
         audio = (x for memory in self.memories for x in (memory.key, memory.value))
-        return sum(x.nbytes for x in (self.rows_states, *audio))
+        weights = (x for block in self.weights for pair in block for x in pair)
+        return sum(x.nbytes for x in (self.rows_states, *audio, *weights))
 
     def refill(self, decoder: TextDecoder, features: AudioFeatures) -> None:
-        """Start again with other windows."""
+        """Start again with other windows, and with the weights as they are by now."""
+        for block, mine in zip(decoder.blocks, self.weights):
+            for pair, new_pair in zip(mine, block.joint_weights()):  # type: ignore[operator]
+                for kept, new_weight in zip(pair, new_pair):
+                    kept.copy_(new_weight)
         for old, new in zip(self.memories, decoder.memories(features)):
             old.key.copy_(new.key)
             old.value.copy_(new.value)
@@ -93,9 +99,11 @@ class StaticKVCache(KVCache):
         x = decoder.token_embedding(self.token) + decoder.positional_embedding[self.position]
         mask = (self.columns[:span] <= self.position)[None]
         forward: Any = _compiled_block() if decoder.compile_step else DecoderBlock.forward
-        for block, memory, (keys, values) in zip(decoder.blocks, self.memories, self.rows_states):
+        layers = zip(decoder.blocks, self.memories, self.rows_states, self.weights)
+        for block, memory, (keys, values), weights in layers:
             slot = LayerSlot(keys[:, :, :span], values[:, :, :span], self.position, mask)
-            x = forward(block, x, memory, slot, 0, None)  # the slot is the layer's own: one compiled block serves all
+            # the slot is the layer's own, and its number always 0, so that one compiled block serves all
+            x = forward(block, x, memory, slot, 0, None, weights)
         return decoder.logits(x)[:, 0]
 
     def _captured(self, decoder: TextDecoder, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:

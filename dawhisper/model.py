@@ -98,6 +98,13 @@ class CrossMemory(NamedTuple):
     noise: tuple[Tensor, Tensor] | None  # keys and values of the noise embeddings, [1, h, k, e]
 
 
+class JointWeights(NamedTuple):
+    """Weights [k d, d] and biases [k d] of a decoder block's projections of one input, side by side as one product."""
+
+    self_qkv: tuple[Tensor, Tensor]  # query, key and value of the self-attention
+    cross_q: tuple[Tensor, Tensor]  # the queries of all cross-attentions
+
+
 def sinusoids(length: int, channels: int, max_timescale: float = 10_000.0) -> Tensor:
     """Sinusoidal positions [length, channels] (Vaswani et al. 2017, section 3.5), sines then cosines as in Whisper."""
     scale = torch.exp(-math.log(max_timescale) / (channels // 2 - 1) * torch.arange(channels // 2))
@@ -122,6 +129,12 @@ class MultiHeadAttention(nn.Module):
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.key(x)), self.split(self.value(x))
+
+
+def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of several linear layers over one input."""
+    biases = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+    return torch.cat([linear.weight for linear in linears]), torch.cat(biases)
 
 
 def merge(x: Tensor) -> Tensor:
@@ -236,17 +249,35 @@ class DecoderBlock(nn.Module):
         noise = None if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
         return CrossMemory(torch.cat([key, key2], dim=1), torch.cat([value, value2], dim=1), noise)
 
-    def forward(self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
-        x = x + self.self_attention(self.attn_ln(x), cache, layer)
+    def joint_weights(self) -> JointWeights:
+        """The block's weights as they are now, copied."""
+        crosses = [self.cross_attn] if self.secondary_attn is None else [self.cross_attn, self.secondary_attn]
+        attn = self.attn
+        return JointWeights(joint(attn.query, attn.key, attn.value), joint(*(cross.query for cross in crosses)))
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: CrossMemory,
+        cache: KVCache | None,
+        layer: int,
+        trace: Trace | None,
+        weights: JointWeights | None = None,
+    ) -> Tensor:
+        """x [R, n, d] -> [R, n, d]. `weights`, the block's own, save launches where the rows are few."""
+        x = x + self.self_attention(self.attn_ln(x), cache, layer, weights)
         # the rows of one window share its memory: they stand side by side as queries, nothing is copied
         y = self.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
         trace = trace if trace is not None and trace.wants(layer) else None
-        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace).view_as(x)
+        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace, weights).view_as(x)
         return x + self.mlp(self.mlp_ln(x))
 
-    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int, weights: JointWeights | None) -> Tensor:
         n = y.shape[1]
-        q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        if weights is None:
+            q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        else:
+            q, k, v = map(self.attn.split, F.linear(y, *weights.self_qkv).chunk(3, dim=-1))
         mask = None
         if cache is not None:
             k, v, mask = cache.write(layer, k, v)
@@ -254,13 +285,21 @@ class DecoderBlock(nn.Module):
         return self.attn.out(merge(out))
 
     def cross_attention(
-        self, y: Tensor, memory: CrossMemory, rows: Sequence[int], layer: int, trace: Trace | None
+        self,
+        y: Tensor,
+        memory: CrossMemory,
+        rows: Sequence[int],
+        layer: int,
+        trace: Trace | None,
+        weights: JointWeights | None,
     ) -> Tensor:
         primary, secondary = self.cross_attn, self.secondary_attn
-        q = primary.split(primary.query(y))
-        if secondary is not None:
-            q2 = secondary.split(secondary.query(y))
-            q = torch.cat([q, q2], dim=1)
+        if weights is not None:
+            q = F.linear(y, *weights.cross_q).unflatten(-1, (memory.key.shape[1], -1)).transpose(1, 2)
+        else:
+            q = primary.split(primary.query(y))
+            if secondary is not None:
+                q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
         read = F.scaled_dot_product_attention(q, memory.key, memory.value)  # both branches in one call
         gate = None
         if secondary is None:
@@ -268,8 +307,8 @@ class DecoderBlock(nn.Module):
         else:
             read, read2 = read.chunk(2, dim=1)
             if memory.noise is not None:
-                key, value = (x.expand(len(q2), -1, -1, -1) for x in memory.noise)
-                noise = F.scaled_dot_product_attention(q2, key, value)
+                key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
+                noise = F.scaled_dot_product_attention(q[:, self.n_head :], key, value)
                 read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
             p, s = primary.out(merge(read)), secondary.out(merge(read2))
             gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()

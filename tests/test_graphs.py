@@ -70,6 +70,20 @@ def test_new_weights_and_shapes_get_caches_of_their_own(static) -> None:
     assert after == tokens_of(model, mels(1), **options) != before
 
 
+def test_weights_changed_in_place_are_the_next_windows(static) -> None:
+    static(True)
+    model = model_on("cpu", DualOptions())
+    before = tokens_of(model, mels(1), sample_len=8)
+    with torch.no_grad():
+        for block in model.decoder.blocks:
+            block.attn.value.weight.mul_(-5)
+            block.secondary_attn.query.weight.mul_(20)
+    after = tokens_of(model, mels(1), sample_len=8)
+    assert len(graphs._kept[model.decoder]) == 1
+    static(False)
+    assert after == tokens_of(model, mels(1), sample_len=8) != before
+
+
 def test_old_caches_make_room(static, monkeypatch: pytest.MonkeyPatch) -> None:
     static(True)
     model = model_on("cpu")
