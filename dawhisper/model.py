@@ -133,8 +133,9 @@ class MultiHeadAttention(nn.Module):
 
 def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of several linear layers over one input."""
-    biases = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
-    return torch.cat([linear.weight for linear in linears]), torch.cat(biases)
+    weight = torch.cat([linear.weight for linear in linears])
+    biases = [(weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias) for linear in linears]
+    return weight, torch.cat(biases)
 
 
 def merge(x: Tensor) -> Tensor:

@@ -126,6 +126,15 @@ def test_models_with_caches_can_be_copied_and_are_freed(static) -> None:
     assert len(graphs._kept) == held - 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; on a CPU compiling takes a minute")
+def test_compiled_blocks_give_the_same_tokens(static) -> None:
+    model = model_on("cuda", DualOptions())
+    static(True)
+    expected = tokens_of(model, mels(2), sample_len=70)
+    model.compile_blocks()
+    assert tokens_of(model, mels(2), sample_len=70) == expected
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_graphs_in_half_precision(dtype: torch.dtype, static) -> None:
