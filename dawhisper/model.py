@@ -379,9 +379,9 @@ class TextDecoder(nn.Module):
         if self.output is not None:
             return self.output(x)
         weight = self.token_embedding.weight.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() <= 8:
-            return rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-        return (x @ weight.T).float()
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() <= 8
+        product = rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1]) if few else x @ weight.T
+        return product.float()
 
 
 class KVCache:
