@@ -134,7 +134,9 @@ class MultiHeadAttention(nn.Module):
 def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of several linear layers over one input."""
     weight = torch.cat([linear.weight for linear in linears])
-    biases = [(weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias) for linear in linears]
+    biases: list[Tensor] = [
+        weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
+    ]
     return weight, torch.cat(biases)
 
 
