@@ -354,8 +354,9 @@ class TextDecoder(nn.Module):
         cache: KVCache | None = None,
         trace: Trace | None = None,
         positions: Sequence[int] | None = None,
+        dtype: torch.dtype | None = torch.float32,
     ) -> Tensor:
-        """tokens [R, n] -> logits [R, n, V] in float32.
+        """tokens [R, n] -> logits [R, n, V] of type `dtype`; None leaves them as they are computed.
 
         With a cache the tokens follow those already in it, and the audio is the cache's; without one, `features`
         gives the audio. `positions` limits the logits to some of the n tokens, in the order given.
@@ -374,17 +375,17 @@ class TextDecoder(nn.Module):
             cache.length = end
         if positions is not None:
             x = x[:, list(positions)]
-        return self.logits(x)
+        return self.logits(x, dtype)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The last block's output [..., d] -> logits [..., V] in float32."""
+    def logits(self, x: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """The last block's output [..., d] -> logits [..., V]."""
         x = self.ln(x)
         if self.output is not None:
             return self.output(x)
         weight = self.token_embedding.weight.to(x.dtype)
         few = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() <= 16
         product = rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1]) if few else x @ weight.T
-        return product.float()
+        return product if dtype is None else product.to(dtype)
 
 
 class KVCache:
