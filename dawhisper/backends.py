@@ -107,6 +107,8 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
     for spec in specs:
         if spec.backend == "openai" and dtype == "bf16":
             raise OptionError(f"--model {spec.spec}: openai-whisper has no bf16; give --dtype fp16 or fp32")
+        if spec.backend in ("openai", "hf") and dtype == "int8":
+            raise OptionError(f"--model {spec.spec}: {PACKAGES[spec.backend][1]} has no int8; give --dtype fp32")
         if spec.backend:
             module, package = PACKAGES[spec.backend]
             if importlib.util.find_spec(module) is None:
@@ -133,7 +135,7 @@ class Ours:
     """A model of `dawhisper.load_model`: OpenAI's and Hugging Face's checkpoints, and dawhisper files."""
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
-        self.model = load_model(spec.path, device=device, dtype=DTYPES[decoding.dtype])
+        self.model = load_model(spec.path, device=device, dtype=decoding.dtype)
         self.decoding, self.seed = decoding, seed
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
@@ -198,7 +200,7 @@ class Faster:
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         from faster_whisper import WhisperModel
 
-        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[decoding.dtype]
+        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}[decoding.dtype]
         self.model = WhisperModel(spec.path, device.type, device_index=device.index or 0, compute_type=kind)
         self.decoding = decoding
 

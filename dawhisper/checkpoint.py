@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import CheckpointError, OptionError
+from .int8 import quantize
 from .model import DualOptions, ModelDimensions, Whisper
 
 FORMAT_VERSION = 1
@@ -100,7 +101,8 @@ def load_model(
     name_or_path: one of `available_models()`, which is downloaded from OpenAI once; or an OpenAI .pt file, a Hugging
         Face Whisper folder (config.json and weights), or a dawhisper .safetensors file
     device: None = cuda if there is one, else mps, else cpu
-    dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights; None = fp16 on cuda, fp32 elsewhere
+    dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights; None = fp16 on cuda, fp32 elsewhere. "int8", for
+        x86 CPUs, has linear layers in int8 and the rest in fp32: the fastest there, for inference alone
     download_root: folder for downloads; None = openai-whisper's cache, ~/.cache/whisper
     dual: give a stock model a second branch with these options (with init="copy" it computes the same as before)
 
@@ -112,7 +114,9 @@ def load_model(
     CheckpointError: the model cannot be found, read or used; OptionError: unknown device or dtype
     """
     chosen = _device(device)
-    kind = _dtype(dtype, chosen)
+    if dtype == "int8" and chosen.type != "cpu":
+        raise OptionError(f"int8 is for the CPU, not {chosen}; use device='cpu', or fp16")
+    kind = _dtype("fp32" if dtype == "int8" else dtype, chosen)
     name = os.fspath(name_or_path)
     if name in _model_table():
         path, heads = _downloaded(name, download_root), _alignment_table()[name]
@@ -126,7 +130,7 @@ def load_model(
         model.add_second_branch(dual)
     elif dual is not None and model.dual != dual:
         raise CheckpointError(f"{path}: this model has a second branch already ({model.dual}); leave `dual` out")
-    return model.eval()
+    return quantize(model.eval()) if dtype == "int8" else model.eval()
 
 
 def save_model(
@@ -147,6 +151,8 @@ def save_model(
     """
     if dtype not in ("fp16", "int8", "fp32"):
         raise OptionError(f"a model is stored as fp16, int8 or fp32, not {dtype!r}")
+    if model.decoder.output is not None:
+        raise OptionError("a model loaded with dtype='int8' can't be saved; load it as fp32")
     config = {
         "format_version": FORMAT_VERSION,
         "dims": dataclasses.asdict(model.dims),
@@ -596,7 +602,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
         return torch.float16 if device.type == "cuda" else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
-        raise OptionError(f"unknown dtype {dtype!r}; use fp32, fp16 or bf16")
+        raise OptionError(f"unknown dtype {dtype!r}; use fp32, fp16, bf16, or int8 on a CPU")
     assert found is not None
     return found
 

@@ -105,6 +105,7 @@ def _transcribe_parser(commands: Any) -> None:
     add("--carry_initial_prompt", type=boolean, default=False, help="prompt every window with initial_prompt")
     add("--condition_on_previous_text", type=boolean, default=True, help="prompt each window with the text before it")
     add("--fp16", type=boolean, default=True, help="compute in fp16 on a GPU; False in fp32 (a CPU always does)")
+    add("--dtype", choices=["fp32", "fp16", "bf16", "int8"], help="compute in this instead; int8 is fastest on a CPU")
 
     add("--temperature_increment_on_fallback", type=optional(float), default=0.2, help="step of the fallback's retries")
     add("--compression_ratio_threshold", type=optional(float), default=2.4, help="text more repetitive is retried")
@@ -132,6 +133,7 @@ def _transcribe(
     temperature: float,
     temperature_increment_on_fallback: float | None,
     fp16: bool,
+    dtype: str | None,
     threads: int | None,
     highlight_words: bool,
     max_line_width: int | None,
@@ -147,7 +149,7 @@ def _transcribe(
         model_name=model,
         download_root=model_dir,
         device=device,
-        fp16=fp16,
+        dtype=dtype or (None if fp16 else "fp32"),
         threads=threads or 0,
         output_dir=Path(output_dir),
         writing=writing,
@@ -244,7 +246,7 @@ def _evaluate_parser(commands: Any) -> None:
     add("--batch-size", type=int, help="utterances decoded together; 16 by default")
     add("--beam-size", type=int, help="beams; greedy by default")
     add("--fallback", action="store_true", help="decode as transcribe does, with temperature fallback, one at a time")
-    add("--dtype", choices=["fp32", "fp16", "bf16"], help="fp16 on a GPU and fp32 elsewhere by default")
+    add("--dtype", choices=["fp32", "fp16", "bf16", "int8"], help="fp16 on a GPU and fp32 elsewhere by default")
     add("--device", help="cpu, cuda or cuda:N; a GPU if there is one by default")
     add("--normalizer", choices=["auto", "english", "basic", "none"], help="auto: by language")
     add("--bootstrap-samples", type=int, metavar="N", help="of every interval and test; 10000 by default")

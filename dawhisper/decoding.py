@@ -2,7 +2,7 @@
 
 Shapes: B windows, G rows a window (beams, or samples of best_of), R = B * G rows, V vocabulary, L token positions.
 Options, results and rules are openai-whisper's; everything here runs for the whole batch at once, on the model's
-device, and the host looks at one flag a token: whether all rows are done.
+device, and the host looks at one flag: whether all rows are done.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokeni
 from whisper.utils import compression_ratio
 
 from .errors import OptionError, near_names
+from .graphs import open_cache
 from .model import AudioFeatures, KVCache, Whisper
 
 NEVER = float("-inf")
+LOOK_EVERY = 8  # tokens between looks at the flag on a GPU, which stands still meanwhile
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Rules:
     """Which tokens may come next, for all rows at once (OpenAI's suppression and timestamp rules)."""
 
     def __init__(self, model: Whisper, tokenizer: Tokenizer, options: DecodingOptions):
-        self.blank = [*tokenizer.encode(" "), tokenizer.eot] if options.suppress_blank else []
+        blank = [*tokenizer.encode(" "), tokenizer.eot] if options.suppress_blank else []
+        self.blank = torch.tensor(blank, dtype=torch.long, device=model.device)
         never = suppressed_tokens(tokenizer, options.suppress_tokens)
         self.timestamps = not options.without_timestamps
         if self.timestamps:
@@ -136,9 +139,9 @@ class Rules:
 
     def apply(self, logits: Tensor, sampled: Tensor) -> None:
         """Set the logits [R, V] of forbidden tokens to -inf, given those sampled so far [R, L]."""
-        if sampled.shape[1] == 0 and self.blank:
-            logits[:, self.blank] = NEVER
-        logits[:, self.never] = NEVER
+        if sampled.shape[1] == 0:
+            logits.index_fill_(1, self.blank, NEVER)
+        logits.index_fill_(1, self.never, NEVER)
         if self.timestamps:
             self._timestamps(logits, sampled)
 
@@ -204,7 +207,7 @@ class Sampling:
         else:
             chosen = Categorical(logits=logits / self.temperature, validate_args=False).sample()
         alive = tokens[:, length - 1] != self.eot
-        logprob = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
+        logprob = F.log_softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
         self.sum_logprobs += torch.where(alive, logprob, 0.0)
         chosen = torch.where(alive, chosen, self.eot)
         tokens[:, length] = chosen
@@ -376,12 +379,26 @@ def decode_windows(model: Whisper, features: AudioFeatures, options: DecodingOpt
     options.verify()
     tokenizer = model_tokenizer(model, options.language or "en", options.task)
     first = initial_tokens(model, tokenizer, options)
-    n_ctx, windows = model.dims.n_text_ctx, len(features.primary)
+    n_ctx = model.dims.n_text_ctx
     if len(first) > n_ctx:
         raise OptionError(f"prompt and prefix make {len(first)} tokens; the model's text context has {n_ctx}")
     max_length = min(len(first) + (options.sample_len or n_ctx // 2), n_ctx + 1)
-    cache = KVCache(model.decoder, features, max_length - 1)
+    group = options.beam_size or options.best_of or 1
+    with open_cache(model.decoder, features, group, max_length - 1) as cache:
+        return _decode_cached(model, cache, features, first, max_length, tokenizer, options)
 
+
+def _decode_cached(
+    model: Whisper,
+    cache: KVCache,
+    features: AudioFeatures,
+    first: list[int],
+    max_length: int,
+    tokenizer: Tokenizer,
+    options: DecodingOptions,
+) -> list[DecodingResult]:
+    """Decode the windows of a fresh cache, from the tokens `first` on."""
+    windows = len(features.primary)
     tokens = torch.full((windows, max_length), tokenizer.eot, device=model.device)
     tokens[:, : len(first)] = torch.tensor(first, device=model.device)
     sot_index = first.index(tokenizer.sot)
@@ -444,22 +461,24 @@ def _generate(
         search = Sampling(windows * group, group, options.temperature, tokenizer.eot, model.device)
 
     at_sot, logits = model.decoder(tokens[:, :begin], cache=cache, positions=[sot_index, begin - 1]).unbind(dim=1)
-    no_speech = [float("nan")] * windows
+    no_speech = torch.full([windows], float("nan"))
     if tokenizer.no_speech is not None:
-        no_speech = at_sot.softmax(dim=-1)[:, tokenizer.no_speech].tolist()
+        no_speech = at_sot.softmax(dim=-1)[:, tokenizer.no_speech]
     if group > 1:
         cache.repeat(group)
         tokens, logits = tokens.repeat_interleave(group, dim=0), logits.repeat_interleave(group, dim=0)
 
+    look_every = LOOK_EVERY if tokens.is_cuda else 1
     for length in range(begin, max_length):
         rules.apply(logits, tokens[:, begin:length])
         done = search.step(tokens, length, logits, cache)
-        if length + 1 == max_length or bool(done):
+        # rows that are done stay as they are, so that looking late changes nothing
+        if length + 1 == max_length or ((length + 1 - begin) % look_every == 0 and bool(done)):
             break
-        logits = model.decoder(tokens[:, length : length + 1], cache=cache)[:, 0]
+        logits = cache.next_logits(model.decoder, tokens[:, length : length + 1])
 
     tokens, logprobs = search.candidates(tokens)
-    return tokens, logprobs.tolist(), no_speech
+    return tokens.cpu(), logprobs.tolist(), no_speech.tolist()
 
 
 def trimmed(tokens: list[int], eot: int) -> list[int]:

@@ -47,7 +47,8 @@ class EvaluateOptions:
     limit: only the first utterances of each manifest (babble is still made of all of them).
     language: of all utterances; None takes each one's from the manifest; with "auto" the models detect it, and the
         manifest's is that of the normaliser alone.
-    dtype: fp32, fp16 or bf16; None is fp16 on a GPU and fp32 elsewhere. device: "auto", "cpu", "cuda", "cuda:N".
+    dtype: fp32, fp16, bf16 or, on a CPU, int8; None is fp16 on a GPU and fp32 elsewhere.
+    device: "auto", "cpu", "cuda", "cuda:N".
     normalizer: "auto" (English for English, else basic), "english", "basic" or "none".
     bootstrap_samples: of every interval and test. write_audio: folder for the mixtures, as WAV.
     gates: measure the gate and attention of dual models too. plots: draw PNGs, if matplotlib is installed.
@@ -81,8 +82,8 @@ class EvaluateOptions:
             value, least = getattr(self, name), int(name != "seed")
             if value is not None and value < least:
                 raise OptionError(f"{name} is at least {least}, not {value}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in (*DTYPES, "int8"):
+            raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}, int8")
         if self.language not in (None, "auto"):
             language_code(str(self.language))
         metrics.normalizer(self.normalizer, None)

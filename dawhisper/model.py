@@ -98,6 +98,13 @@ class CrossMemory(NamedTuple):
     noise: tuple[Tensor, Tensor] | None  # keys and values of the noise embeddings, [1, h, k, e]
 
 
+class JointWeights(NamedTuple):
+    """Weights [k d, d] and biases [k d] of a decoder block's projections of one input, side by side as one product."""
+
+    self_qkv: tuple[Tensor, Tensor]  # query, key and value of the self-attention
+    cross_q: tuple[Tensor, Tensor]  # the queries of all cross-attentions
+
+
 def sinusoids(length: int, channels: int, max_timescale: float = 10_000.0) -> Tensor:
     """Sinusoidal positions [length, channels] (Vaswani et al. 2017, section 3.5), sines then cosines as in Whisper."""
     scale = torch.exp(-math.log(max_timescale) / (channels // 2 - 1) * torch.arange(channels // 2))
@@ -124,9 +131,30 @@ class MultiHeadAttention(nn.Module):
         return self.split(self.key(x)), self.split(self.value(x))
 
 
+def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of several linear layers over one input."""
+    weight = torch.cat([linear.weight for linear in linears])
+    biases: list[Tensor] = [
+        weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
+    ]
+    return weight, torch.cat(biases)
+
+
 def merge(x: Tensor) -> Tensor:
     """[B, h, n, e] -> [B, n, d]"""
     return x.transpose(1, 2).flatten(2)
+
+
+def rows_product(x: Tensor, weight: Tensor, block: int = 128) -> Tensor:
+    """x [R, d] times weight [V, d] transposed -> [R, V], for a few rows in fp32 on a CPU.
+
+    In blocks of the weight: as one product so tall and narrow it takes twice as long (9.8 ms against 4.2 ms for one
+    row of `base` on one thread of an AMD EPYC, torch 2.11).
+    """
+    whole = len(weight) // block * block
+    blocks = weight[:whole].unflatten(0, (-1, block))
+    first = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1)).flatten(0, 1)  # [whole, R]
+    return torch.cat([first, weight[whole:] @ x.T]).T
 
 
 def mlp(n_state: int) -> nn.Sequential:
@@ -225,33 +253,57 @@ class DecoderBlock(nn.Module):
         noise = None if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
         return CrossMemory(torch.cat([key, key2], dim=1), torch.cat([value, value2], dim=1), noise)
 
-    def forward(self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
-        x = x + self.self_attention(self.attn_ln(x), cache, layer)
+    def joint_weights(self) -> JointWeights:
+        """The block's weights as they are now, copied."""
+        crosses = [self.cross_attn] if self.secondary_attn is None else [self.cross_attn, self.secondary_attn]
+        attn = self.attn
+        return JointWeights(joint(attn.query, attn.key, attn.value), joint(*(cross.query for cross in crosses)))
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: CrossMemory,
+        cache: KVCache | None,
+        layer: int,
+        trace: Trace | None,
+        weights: JointWeights | None = None,
+    ) -> Tensor:
+        """x [R, n, d] -> [R, n, d]. `weights`, the block's own, save launches where the rows are few."""
+        x = x + self.self_attention(self.attn_ln(x), cache, layer, weights)
         # the rows of one window share its memory: they stand side by side as queries, nothing is copied
         y = self.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
         trace = trace if trace is not None and trace.wants(layer) else None
-        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace).view_as(x)
+        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace, weights).view_as(x)
         return x + self.mlp(self.mlp_ln(x))
 
-    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int, weights: JointWeights | None) -> Tensor:
         n = y.shape[1]
-        q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        if weights is None:
+            q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        else:
+            q, k, v = map(self.attn.split, F.linear(y, *weights.self_qkv).chunk(3, dim=-1))
         mask = None
         if cache is not None:
-            k, v = cache.write(layer, k, v)
-            if n > 1 and k.shape[2] > n:  # several tokens after earlier ones
-                mask = torch.ones(n, k.shape[2], dtype=torch.bool, device=y.device).tril(k.shape[2] - n)
+            k, v, mask = cache.write(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
         return self.attn.out(merge(out))
 
     def cross_attention(
-        self, y: Tensor, memory: CrossMemory, rows: Sequence[int], layer: int, trace: Trace | None
+        self,
+        y: Tensor,
+        memory: CrossMemory,
+        rows: Sequence[int],
+        layer: int,
+        trace: Trace | None,
+        weights: JointWeights | None,
     ) -> Tensor:
         primary, secondary = self.cross_attn, self.secondary_attn
-        q = primary.split(primary.query(y))
-        if secondary is not None:
-            q2 = secondary.split(secondary.query(y))
-            q = torch.cat([q, q2], dim=1)
+        if weights is not None:
+            q = F.linear(y, *weights.cross_q).unflatten(-1, (memory.key.shape[1], -1)).transpose(1, 2)
+        else:
+            q = primary.split(primary.query(y))
+            if secondary is not None:
+                q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
         read = F.scaled_dot_product_attention(q, memory.key, memory.value)  # both branches in one call
         gate = None
         if secondary is None:
@@ -259,11 +311,12 @@ class DecoderBlock(nn.Module):
         else:
             read, read2 = read.chunk(2, dim=1)
             if memory.noise is not None:
-                key, value = (x.expand(len(q2), -1, -1, -1) for x in memory.noise)
-                read2 = read2 + self.noise_scale[:, None, None] * F.scaled_dot_product_attention(q2, key, value)
+                key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
+                noise = F.scaled_dot_product_attention(q[:, self.n_head :], key, value)
+                read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
             p, s = primary.out(merge(read)), secondary.out(merge(read2))
             gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
-            fused = s + gate * (p - s)  # a p + (1 - a) s, and exactly p where s equals p
+            fused = torch.lerp(s, p, gate)  # a p + (1 - a) s, and exactly p where s equals p
         if trace is not None:
             trace.output[layer] = fused.view(*rows, -1)
             if gate is not None:
@@ -286,7 +339,9 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
         self.ln = nn.LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
+        self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
         self.gradient_checkpointing = False
+        self.compile_step = False  # see Whisper.compile_blocks
 
     def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
         for block in self.blocks:
@@ -320,8 +375,17 @@ class TextDecoder(nn.Module):
             cache.length = end
         if positions is not None:
             x = x[:, list(positions)]
-        logits = self.ln(x) @ self.token_embedding.weight.T.to(x.dtype)
-        return logits if dtype is None else logits.to(dtype)
+        return self.logits(x, dtype)
+
+    def logits(self, x: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """The last block's output [..., d] -> logits [..., V]."""
+        x = self.ln(x)
+        if self.output is not None:
+            return self.output(x)
+        weight = self.token_embedding.weight.to(x.dtype)
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() <= 16
+        product = rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1]) if few else x @ weight.T
+        return product if dtype is None else product.to(dtype)
 
 
 class KVCache:
@@ -343,13 +407,24 @@ class KVCache:
     def rows(self) -> int:
         return self.states.shape[2]
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e]."""
-        end = self.length + key.shape[2]
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e].
+
+        Also the mask [n, length + n] of what each may attend to, where "all" or "none that follow" doesn't say it.
+        """
+        n = key.shape[2]
+        end = self.length + n
         keys, values = self.states[layer]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        mask = None
+        if n > 1 and self.length > 0:  # several tokens after earlier ones
+            mask = torch.ones(n, end, dtype=torch.bool, device=key.device).tril(self.length)
+        return keys[:, :, :end], values[:, :, :end], mask
+
+    def next_logits(self, decoder: TextDecoder, tokens: Tensor) -> Tensor:
+        """The token step: tokens [R, 1] -> logits [R, V] of what follows."""
+        return decoder(tokens, cache=self)[:, 0]
 
     def repeat(self, group: int) -> None:
         """Make `group` rows of every row."""
@@ -443,6 +518,15 @@ class Whisper(nn.Module):
         """Heads for word times from openai-whisper's table (base85 of gzipped booleans, layers by heads)."""
         flags = torch.frombuffer(bytearray(gzip.decompress(base64.b85decode(dump))), dtype=torch.bool)
         self.alignment_heads = flags.view(self.dims.n_text_layer, self.dims.n_text_head).to(self.device)
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile fuse what lies between the matrix products of the encoder and of the token step.
+
+        The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
+        """
+        for block in self.encoder.blocks:
+            block.compile()
+        self.decoder.compile_step = True
 
     def freeze_encoder(self) -> None:
         """No gradients for the encoder; the layer mixture, which belongs to the second branch, still learns."""

@@ -57,7 +57,7 @@ def transcribe_files(
     model_name: str,
     download_root: str | None,
     device: str | None,
-    fp16: bool,
+    dtype: str | None,
     threads: int,
     output_dir: Path,
     writing: WriterOptions,
@@ -78,7 +78,7 @@ def transcribe_files(
     writable_folder(output_dir)
     if threads:
         torch.set_num_threads(threads)
-    model = load_model(model_name, device, None if fp16 else "fp32", download_root)
+    model = load_model(model_name, device, dtype, download_root)
     options["language"] = usable_language(model, model_name, options.get("language"))
 
     failed = 0

@@ -249,7 +249,7 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
         if model.is_multilingual:
             if options.verbose:
                 print("Detecting language using up to the first 30 seconds. Use `--language` to specify the language")
-            _, probs = detect_language(model, pad_or_trim(mel, N_FRAMES))
+            _, probs = detect_language(model, pad_or_trim(mel, context_frames(model, mel.shape[-1] - N_FRAMES)))
             language = max((p, code) for code, p in probs.items())[1]  # type: ignore[union-attr]
             if options.verbose is not None:
                 print(f"Detected language: {LANGUAGES[language].title()}")
@@ -322,12 +322,16 @@ def is_audible(mel: Tensor, window: Window) -> bool:
     return bool(low < high)
 
 
+def context_frames(model: Whisper, size: int) -> int:
+    """Frames that the encoder gets for `size` frames of sound: 30 s, or if trained so, whole seconds."""
+    if not model.variable_audio_ctx:
+        return N_FRAMES
+    return min(N_FRAMES, max(1, -(-size // FRAMES_PER_SECOND)) * FRAMES_PER_SECOND)
+
+
 def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
     """Features [1, T, d] of a window, padded to 30 s unless the model was trained without padding."""
-    length = N_FRAMES
-    if model.variable_audio_ctx:
-        length = min(N_FRAMES, -(-window.size // FRAMES_PER_SECOND) * FRAMES_PER_SECOND)  # whole seconds
-    audio = pad_or_trim(mel[:, window.seek : window.seek + window.size], length)
+    audio = pad_or_trim(mel[:, window.seek : window.seek + window.size], context_frames(model, window.size))
     with torch.no_grad():
         return model.encode(audio[None].to(model.device, model.dtype))
 

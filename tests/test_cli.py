@@ -20,7 +20,9 @@ import torch
 from peer import pair
 from test_transcribe import noise
 
+from dawhisper.checkpoint import load_model
 from dawhisper.cli import main
+from dawhisper.model import Whisper
 from dawhisper.output import fallback_temperatures, output_names
 
 # a random model is unsure of everything: don't let it fall back or call it silence
@@ -217,3 +219,16 @@ def test_the_flags_are_whispers(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(flags) > 30
     missing = [flag for flag in flags if f"--{flag}" not in ours]
     assert missing == []
+
+
+def test_the_dtype_that_is_asked_for(model: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, device: str | None, dtype: str | None, root: str | None) -> Whisper:
+        asked.append(dtype)
+        return load_model(name, device, dtype, root)
+
+    monkeypatch.setattr("dawhisper.output.load_model", load)
+    for args in ([], ["--fp16", "False"], ["--dtype", "bf16"], ["--dtype", "int8", "--fp16", "False"]):
+        assert run("transcribe", clip, "--model", model, "-o", tmp_path / "o", "-f", "txt", *QUICK, *args) == 0
+    assert asked == [None, "fp32", "bf16", "int8"]

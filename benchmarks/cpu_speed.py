@@ -1,0 +1,75 @@
+"""Speed on the CPU, one clip at a time, of several models in one run: times real time and word errors.
+
+    python benchmarks/cpu_speed.py MANIFEST --limit 40 base.pt:int8 base.pt:fp32 faster:FOLDER:int8 openai:base.pt:fp32
+
+Each model is MODEL:DTYPE, with the names of `dawhisper evaluate`. Every clip goes through all of them in turn, the
+first one changing from clip to clip, so that whatever else the machine does falls on all alike. The time is that from
+samples to text. The last column compares each with the first model, clip by clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from statistics import median
+
+import jiwer
+import numpy as np
+import torch
+from whisper.normalizers import EnglishTextNormalizer
+
+from dawhisper import load_audio
+from dawhisper.backends import Decoding, load, parse_models
+
+
+def load_clips(manifest: Path, limit: int) -> list[tuple[np.ndarray, str]]:
+    path = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
+    lines = [json.loads(line) for line in path.read_text().splitlines()][: limit or None]
+    return [(load_audio(path.parent / line["audio"]), line["text"]) for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", type=Path, help="JSONL manifest with audio and text, or a folder with one")
+    parser.add_argument("models", nargs="+", metavar="MODEL:DTYPE")
+    parser.add_argument("--limit", type=int, default=0, help="clips of the manifest; 0 is all")
+    parser.add_argument("--beam", type=int, help="beam size; greedy by default")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # CTranslate2's
+    torch.set_num_threads(args.threads)
+    clips = load_clips(args.manifest, args.limit)
+    run = {}
+    for given in args.models:
+        name, _, dtype = given.rpartition(":")
+        run[given] = load(parse_models([name])[0], Decoding(args.beam, dtype=dtype), torch.device("cpu"), seed=0)
+        run[given]([clips[0][0]], "en")  # warm-up
+
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    texts: dict[str, list[str]] = {name: [] for name in run}
+    for turn, (audio, _) in enumerate(clips):
+        order = list(run)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            started = time.perf_counter()
+            texts[name] += run[name]([audio], "en")
+            seconds[name].append(time.perf_counter() - started)
+
+    normal = EnglishTextNormalizer()
+    total = sum(len(audio) for audio, _ in clips) / 16000
+    kind = f"beam {args.beam}" if args.beam else "greedy"
+    print(f"{len(clips)} clips, {total / len(clips):.1f} s each, {args.threads} threads, {kind}\n")
+    print("| model | x real time | s a clip | WER | speed beside the first (median of clips) |\n|---|---|---|---|---|")
+    for name in run:
+        pairs = [(normal(r), normal(t)) for (_, r), t in zip(clips, texts[name]) if normal(r)]
+        wer = 100 * jiwer.wer([r for r, _ in pairs], [t for _, t in pairs])
+        beside = median(first / own for first, own in zip(seconds[args.models[0]], seconds[name]))
+        took = sum(seconds[name])
+        print(f"| {name} | {total / took:.1f} | {took / len(clips):.3f} | {wer:.2f} | {beside:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

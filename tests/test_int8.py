@@ -1,0 +1,69 @@
+"""Linear layers in int8 on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peer import MULTILINGUAL, pair, trained
+from test_model import inputs
+
+from dawhisper import DualOptions, load_model, save_model
+from dawhisper.errors import OptionError
+from dawhisper.int8 import Int8Linear
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.quantized.engine not in ("x86", "fbgemm", "onednn"), reason="no int8 kernels for this processor"
+)
+
+
+@torch.no_grad()
+def test_each_row_keeps_its_precision() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48)
+    x = torch.randn(3, 7, 64) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    got = Int8Linear(linear.weight, None)(x)
+    expected = torch.nn.functional.linear(x, linear.weight)
+    error = (got - expected).abs().amax(dim=(1, 2)) / expected.abs().amax(dim=(1, 2))
+    assert (error < 0.02).all(), error
+    one = Int8Linear(linear.weight, linear.bias)(x[1, :1])
+    torch.testing.assert_close(one, linear(x[1, :1]), atol=0.03, rtol=0)
+    assert Int8Linear(linear.weight, None)(torch.zeros(2, 64)).eq(0).all()
+
+
+@pytest.mark.parametrize("dual", [None, DualOptions()], ids=["single", "dual"])
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+@torch.no_grad()
+def test_loaded_in_int8(storage: str, dual: DualOptions | None, tmp_path: Path) -> None:
+    model = trained(dual) if dual else pair()[0]
+    save_model(model, tmp_path / "model.safetensors", storage)
+    exact = load_model(tmp_path / "model.safetensors", device="cpu", dtype="fp32")
+    got = load_model(tmp_path / "model.safetensors", device="cpu", dtype="int8")
+    packed = [name for name, module in got.named_modules() if isinstance(module, Int8Linear)]
+    attentions = MULTILINGUAL.n_audio_layer + MULTILINGUAL.n_text_layer * (3 if dual else 2)
+    blocks = MULTILINGUAL.n_audio_layer + MULTILINGUAL.n_text_layer
+    assert len(packed) == 4 * attentions + 2 * blocks + 1
+    mel, tokens = inputs()
+    expected = exact(mel, tokens)
+    assert 0 < (got(mel, tokens) - expected).abs().max() < 0.05 * expected.abs().max()
+    with pytest.raises(OptionError, match="load it as fp32"):
+        save_model(got, tmp_path / "again.safetensors")
+
+
+def test_wrong_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(pair()[0], tmp_path / "model.safetensors")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(OptionError, match="for the CPU"):
+        load_model(tmp_path / "model.safetensors", device="cuda:0", dtype="int8")
+    monkeypatch.setattr("dawhisper.int8.ENGINE", "qnnpack")
+    with pytest.raises(OptionError, match="x86"):
+        load_model(tmp_path / "model.safetensors", device="cpu", dtype="int8")
+
+
+def test_real_speech_in_int8(base_path: Path, assets: Path) -> None:
+    texts = []
+    for dtype in ("fp32", "int8"):
+        model = load_model(base_path, device="cpu", dtype=dtype)
+        texts.append(model.transcribe(str(assets / "speech.opus"), language="en", temperature=0.0).text)
+    assert texts[0] == texts[1]
