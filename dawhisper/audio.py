@@ -116,6 +116,11 @@ class SampleReader:
         self.position += n - missing
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
+    def skip_to(self, position: int) -> None:
+        """Leave out samples up to this one."""
+        while (missing := position - self.position) > 0 and len(self.read(min(missing, N_SAMPLES))):
+            pass
+
     def close(self) -> None:
         self._blocks.close()
 
