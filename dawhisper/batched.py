@@ -7,7 +7,7 @@ whichever recording. What a window's text leaves unheard is a window again, in t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -174,7 +174,7 @@ def read(
             yield recording, error
 
 
-def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def read_ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
     """The items, of which up to `count` are made in a thread before they are asked for."""
     pool = ThreadPoolExecutor(1)
     try:
@@ -238,9 +238,14 @@ def decode_jobs(
         return iter(())
     with torch.no_grad():
         features = model.encode(mel.to(model.dtype))
-    new = {job.recording: i for i, job in reversed(list(enumerate(jobs))) if not job.recording.language}
-    given = options.decoding.language
-    languages = [given] * len(new) if given else spoken_languages(model, pick(features, list(new.values())), options)
+    new: dict[BatchedRecording, int] = {}  # its first window
+    for i, job in enumerate(jobs):
+        if not job.recording.language:
+            new.setdefault(job.recording, i)
+    if options.decoding.language:
+        languages = [options.decoding.language] * len(new)
+    else:
+        languages = spoken_languages(model, pick(features, list(new.values())), options) if new else []
     for recording, language in zip(new, languages):
         recording.speaks(model, language, options.decoding.task)
 

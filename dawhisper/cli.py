@@ -120,6 +120,8 @@ def _transcribe_parser(commands: Any) -> None:
     add("--threads", type=optional(int), default=0, help="CPU threads; 0 lets torch choose")
     add("--clip_timestamps", default="0", help="parts to transcribe: start,end,start,... in seconds")
     add("--hallucination_silence_threshold", type=optional(float), help="skip silences longer than this (seconds)")
+    add("--batch_size", type=optional(int), help="windows, of all files, decoded together; None is one after the other")
+    add("--vad_filter", type=boolean, default=False, help="leave out what holds no voice (better with silero-vad)")
 
 
 def _transcribe(

@@ -383,9 +383,10 @@ def iter_segments(model: Whisper, recording: OpenRecording, options: TranscribeO
                     last_speech = last_word_end(split.segments, default=last_speech)
                     split = replace(split, segments=[without_empty(segment) for segment in split.segments])
                     prompt = prompt.after(split.segments, result, options)
-                for said in [*split.skipped, *split.segments]:
-                    say(said, options)
+                for skip in split.skipped:
+                    say(skip, options)
                 for segment in split.segments:
+                    say(segment, options)
                     yield replace(segment, id=count)
                     count += 1
                 seek = split.resume if split.resume > seek else window.end

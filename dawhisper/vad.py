@@ -22,7 +22,7 @@ STEP = 5 * FRAME  # 160 ms
 BLOCK = 200 * STEP  # 32 s, read and judged at once
 CONTEXT = 8 * STEP  # the detector hears 1.3 s before a block again, to be settled when the block starts
 LONGEST = N_SAMPLES // STEP  # steps of a window: 29.92 s
-SHORTEST = 95  # steps, 15 s: before this a window is not cut where it could be longer
+SHORTEST = 125  # steps, 20 s: before this a window is not cut where it could be longer
 PAUSE = 0.3  # of 3.0: as little speech as this in 640 ms makes a pause
 
 THRESHOLD = 0.5  # probability from which on a step is speech
@@ -67,7 +67,7 @@ class Chunk:
 def cut(reader: SampleReader, end: int | None, drop_silence: bool) -> Iterator[Chunk | Skip]:
     """Cut what comes from the reader, up to its sample `end`, into windows; with `drop_silence`, leave silence out.
 
-    A window that can't hold the rest ends in the latest pause of its second half. Windows don't overlap, and
+    A window that can't hold the rest ends in the latest pause of its last ten seconds. Windows don't overlap, and
     together with the skips they cover everything.
     """
     heard = _Buffer(reader, end)
