@@ -219,6 +219,8 @@ def hear_batch(model: Whisper, batch: list[Job], options: TranscribeOptions) -> 
     frames = padded_frames(model, max(job.chunk.size for job in batch))
     samples = np.stack([pad_or_trim(job.chunk.samples, frames * HOP_LENGTH) for job in batch])
     mel = log_mel_spectrogram(torch.from_numpy(samples), model.dims.n_mels, device=model.device)
+    for window, job in zip(mel, batch):
+        window[:, job.chunk.size :] = 0  # as the last window of a recording is padded
     audible = [i for i, job in enumerate(batch) if is_audible(mel[i, :, : job.chunk.size])]
     results = decode_jobs(model, mel[audible], [batch[i] for i in audible], options)
     decoded = dict(zip(audible, results))
