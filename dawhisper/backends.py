@@ -133,7 +133,7 @@ class Ours:
     """A model of `dawhisper.load_model`: OpenAI's and Hugging Face's checkpoints, and dawhisper files."""
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
-        self.model = load_model(spec.path, device=device, dtype=DTYPES[decoding.dtype])
+        self.model = load_model(spec.path, device=device, dtype=decoding.dtype)
         self.decoding, self.seed = decoding, seed
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
@@ -198,8 +198,9 @@ class Faster:
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         from faster_whisper import WhisperModel
 
-        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[decoding.dtype]
-        self.model = WhisperModel(spec.path, device.type, device_index=device.index or 0, compute_type=kind)
+        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(decoding.dtype, decoding.dtype)
+        threads = torch.get_num_threads()
+        self.model = WhisperModel(spec.path, device.type, device.index or 0, compute_type=kind, cpu_threads=threads)
         self.decoding = decoding
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
