@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +37,7 @@ from .transcribe import Segment, TranscribeOptions, Word, transcribe_lazily
 
 OURS = "dawhisper"
 PEERS = {"openai-whisper": "openai", "faster-whisper": "faster", "transformers": "hf"}  # name: back end of `evaluate`
+TYPES = {"openai": ("fp32", "fp16"), "hf": ("fp32", "fp16", "bf16")}  # faster-whisper says itself what it can't do
 STEPS = 64  # tokens decoded to time a step
 
 
@@ -123,31 +123,31 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     contestants = parse_contestants(options)
-    ours = load_contestant(contestants[0], options)
-    report: dict[str, Any] = {"environment": environment(options), "sections": {}}
-    model = ours.model
-    if not isinstance(model, Whisper):
-        raise TypeError("the first contestant is our own model")
-    for windows in sorted({1, options.batch_size or 1}):
-        report.setdefault("stages", []).append(asdict(measure_stages(model, windows)))
-    sections = {
-        "recordings": (options.recordings, options.batch_size),
-        "long": (options.long, options.batch_size or 16),
+    sections = [
+        (title, load_clips(given, options.limit), replace(options, batch_size=batch_size))
+        for title, given, batch_size in (
+            ("recordings", options.recordings, options.batch_size),
+            ("long", options.long, options.batch_size or 16),
+        )
+        if given
+    ]
+    loaded = [load_contestant(contestant, options) for contestant in contestants]
+    report: dict[str, Any] = {
+        "environment": environment(options),
+        "stages": [asdict(measure_stages(loaded[0].model, n)) for n in sorted({1, options.batch_size or 1})],
+        "sections": {},
     }
-    loaded = {c.label: ours if i == 0 else load_contestant(c, options) for i, c in enumerate(contestants)}
-    for title, (given, batch_size) in sections.items():
-        if given:
-            clips = load_clips(given, options.limit)
-            section = replace(options, batch_size=batch_size)
-            tallies = compete({label: runner(r, section) for label, r in loaded.items()}, clips, section)
-            for contestant, tally in zip(contestants, tallies):
-                tally.peak_gib = peak_memory(contestant, section, clips[0].audio)
-            report["sections"][title] = {
-                "recordings": len(clips),
-                "minutes": sum(len(c.audio) for c in clips) / SAMPLE_RATE / 60,
-                "batch_size": batch_size,
-                "contestants": [asdict(t) for t in tallies],
-            }
+    for title, clips, section in sections:
+        runners = {c.label: runner(recognizer, section) for c, recognizer in zip(contestants, loaded)}
+        tallies = compete(runners, clips, section)
+        for contestant, tally in zip(contestants, tallies):
+            tally.peak_gib = peak_memory(contestant, section, clips[0].audio)
+        report["sections"][title] = {
+            "recordings": len(clips),
+            "minutes": sum(len(c.audio) for c in clips) / SAMPLE_RATE / 60,
+            "batch_size": section.batch_size,
+            "contestants": [asdict(t) for t in tallies],
+        }
     text = markdown(report)
     print(text)
     if options.markdown:
@@ -169,8 +169,10 @@ def parse_contestants(options: BenchOptions) -> list[Contestant]:
         if name not in PEERS:
             raise OptionError(f"--against {given}: known are {', '.join(PEERS)}{near_names(name, PEERS)}")
         backend = PEERS[name]
-        check_models([ModelSpec(given, backend, options.model if backend == "openai" else ".")], dtype or default)
+        check_models([ModelSpec(given, backend, options.model if backend == "openai" else ".")])
         parsed.append(Contestant(name, dtype or default))
+        if backend in TYPES and parsed[-1].dtype not in TYPES[backend]:
+            raise OptionError(f"--against {given}: {name} computes in {' or '.join(TYPES[backend])}, not {dtype}")
     if len({c.label for c in parsed}) < len(parsed):
         raise OptionError(f"a package is named twice in --against {' '.join(options.against)}")
     if any(PEERS.get(c.name) in ("faster", "hf") for c in parsed) and importlib.util.find_spec("transformers") is None:
@@ -197,7 +199,7 @@ def converted(spec: ModelSpec, options: BenchOptions) -> Path:
     from .checkpoint import load_model
 
     folder = Path(options.converted).expanduser() / ModelSpec("", "", spec.path).fingerprint()
-    if not (folder / "transformers" / "preprocessor_config.json").is_file():
+    if not (folder / "transformers" / "tokenizer.json").is_file():
         to_transformers(load_model(spec.path, "cpu", "fp32"), folder / "transformers")
     if spec.backend == "hf":
         return folder / "transformers"
@@ -312,12 +314,14 @@ def compete(runners: dict[str, Runner], clips: list[Clip], options: BenchOptions
             heard[label] |= parts
     rounds = {label: np.reshape(times, (options.repeat, len(jobs))).min(axis=0) for label, times in seconds.items()}
     return [
-        tally(label, heard[label], heard[labels[0]], clips, float(rounds[label].sum()), first[label], options.language)
+        tallied(
+            label, heard[label], heard[labels[0]], clips, float(rounds[label].sum()), first[label], options.language
+        )
         for label in labels
     ]
 
 
-def tally(
+def tallied(
     label: str,
     heard: dict[int, list[Any]],
     ours: dict[int, list[Any]],
@@ -370,6 +374,8 @@ def _peak(contestant: Contestant, options: BenchOptions, audio: np.ndarray) -> f
     if status.is_file():  # Linux's getrusage counts what the parent held when it started this process
         (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) / 2**20
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 

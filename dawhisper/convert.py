@@ -113,4 +113,4 @@ def to_ctranslate2(transformers_folder: Path, folder: Path) -> None:
     from ctranslate2.converters import TransformersConverter
 
     files = ["tokenizer.json", "preprocessor_config.json"]
-    TransformersConverter(str(transformers_folder), copy_files=files).convert(str(folder))
+    TransformersConverter(str(transformers_folder), copy_files=files).convert(str(folder), force=True)
