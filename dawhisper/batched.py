@@ -43,7 +43,7 @@ from .transcribe import (
     warn_of_translated_words,
     without_empty,
 )
-from .vad import Chunk, Skip, cut
+from .vad import Chunk, Skip, cut, detector
 
 T = TypeVar("T")
 
@@ -132,6 +132,7 @@ def iter_batched(
 ) -> Iterator[tuple[BatchedRecording, list[Segment]]]:
     """Yields a recording and its next segments as they become known; of each one, once, when it is finished."""
     warn_of_translated_words(options)
+    detector()  # loaded here, since its import changes torch's threads for a moment
     size = options.batch_size or 1
     again: deque[Job] = deque()  # what windows left unheard
     with (

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, SampleReader
+from .errors import OptionError
 
 FRAME = 512  # samples that the detector judges at once, 32 ms
 STEP = 5 * FRAME  # 160 ms
@@ -152,7 +153,10 @@ def detector() -> Detector:
     from silero_vad import load_silero_vad
 
     torch.set_num_threads(threads)  # the import sets it to one
-    return load_silero_vad(sequence=True).audio_forward
+    try:
+        return load_silero_vad(sequence=True).audio_forward
+    except TypeError:
+        raise OptionError("this silero-vad is too old: pip install -U 'dawhisper[vad]', or uninstall it") from None
 
 
 def loudness(samples: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ ENGLISH = {"language": "en", **FAST, **SURE}
 @pytest.fixture(autouse=True)
 def by_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' sounds are no speech, which Silero knows; and it may not be installed."""
-    monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
+    for module in (vad, batched):
+        monkeypatch.setattr(module, "detector", lambda: vad.loudness)
 
 
 def hiss(seconds: float, seed: int = 0) -> np.ndarray:
@@ -116,9 +118,10 @@ def test_what_is_left_of_a_window() -> None:
     assert not slot.open
 
 
-@pytest.mark.parametrize("package", ["silero_vad", "onnxruntime"])
-def test_silero_hears_speech(package: str, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(package)
+def test_silero_hears_speech(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxruntime", "silero_vad"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
     monkeypatch.undo()
     threads = torch.get_num_threads()
     silero = vad.detector()
