@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer import DUALS, VARIANTS, pair, talkative
+from peer import DUALS, VARIANTS, pair
 from test_cli import run, write_wav
 from test_transcribe import noise
 
@@ -116,9 +116,9 @@ def test_bytes_of_a_step() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    ours, _ = pair(eot_bias=40.0)  # stops early
+    ours, _ = pair()
     path = tmp_path_factory.mktemp("model") / "random.pt"
-    torch.save({"dims": asdict(ours.dims), "model_state_dict": talkative(ours, 40.0).state_dict()}, path)
+    torch.save({"dims": asdict(ours.dims), "model_state_dict": ours.state_dict()}, path)
     return str(path)
 
 
@@ -141,6 +141,7 @@ def test_the_command_beside_openai_whisper(model: str, tmp_path: Path, capsys: p
     report = json.loads(out["json"].read_text())
     ours, theirs = report["sections"]["recordings"]["contestants"]
     assert ours["texts"] == theirs["texts"]
+    assert all(ours["texts"])
     assert theirs["same_text"] == 2
     assert theirs["time_difference"] < 0.01
     assert 0 < theirs["first_segment"] <= theirs["seconds"]
