@@ -11,7 +11,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -88,6 +88,41 @@ def load_audio(
             raise AudioError(f"{name}: no sample lies between {start} s and {end} s; take a longer part")
         raise AudioError(f"{name}: there are no sound samples in it; it may be damaged or cut off, try another copy")
     return samples
+
+
+class SampleReader:
+    """A recording's samples from beginning to end, decoded as they are read, so that a long one takes no more memory.
+
+    source, sr: as for `load_audio`. Reading raises AudioError where load_audio would.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | np.ndarray | Tensor, sr: int = SAMPLE_RATE):
+        self.position = 0  # samples read or skipped
+        self._blocks = _stream(source, sr)
+        self._left = np.zeros(0, np.float32)  # decoded but not read
+
+    def read(self, n: int) -> np.ndarray:
+        """The next samples, float32 [n]; fewer at the end of the recording."""
+        parts, missing = [], n
+        while missing > 0:
+            if not len(self._left):
+                block = next(self._blocks, None)
+                if block is None:
+                    break
+                self._left = block
+            parts.append(self._left[:missing])
+            self._left = self._left[missing:]
+            missing -= len(parts[-1])
+        self.position += n - missing
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def skip_to(self, position: int) -> None:
+        """Leave out samples up to this one."""
+        while (missing := position - self.position) > 0 and len(self.read(min(missing, N_SAMPLES))):
+            pass
+
+    def close(self) -> None:
+        self._blocks.close()
 
 
 def log_mel_spectrogram(
@@ -219,6 +254,18 @@ def _decode(
     file: str | BinaryIO, name: str, sr: int, start: float, end: float | None, seek: bool = True
 ) -> tuple[np.ndarray, float]:
     """Decode the best audio stream -> (samples from `start` to `end`, seconds known to be there in all)."""
+    with _opened(file, name) as (container, stream):
+        origin = _seek(container, stream, start) if seek and start > SEEK_FROM else 0.0
+        if origin is not None:
+            return _collect(container, stream, name, sr, start - origin, None if end is None else end - origin, origin)
+    if not isinstance(file, str):
+        file.seek(0)
+    return _decode(file, name, sr, start, end, seek=False)
+
+
+@contextmanager
+def _opened(file: str | BinaryIO, name: str) -> Iterator[tuple[InputContainer, AudioStream]]:
+    """The container and its best audio stream."""
     import av
 
     try:
@@ -228,13 +275,26 @@ def _decode(
     with container:
         if not container.streams.audio:
             raise AudioError(f"{name}: there is no sound in this file; name one with an audio track")
-        stream = cast("AudioStream", container.streams.best("audio") or container.streams.audio[0])
-        origin = _seek(container, stream, start) if seek and start > SEEK_FROM else 0.0
-        if origin is not None:
-            return _collect(container, stream, name, sr, start - origin, None if end is None else end - origin, origin)
-    if not isinstance(file, str):
-        file.seek(0)
-    return _decode(file, name, sr, start, end, seek=False)
+        yield container, cast("AudioStream", container.streams.best("audio") or container.streams.audio[0])
+
+
+def _stream(source: str | os.PathLike[str] | np.ndarray | Tensor, sr: int) -> Generator[np.ndarray, None, None]:
+    """A recording's float32 samples in blocks of any size, from its beginning; AudioError as with load_audio."""
+    if isinstance(source, (np.ndarray, Tensor)):
+        yield load_audio(source, sr)
+        return
+    name, n, errors = os.fspath(source), 0, []  # type: str, int, list[str]
+    with (
+        _opened(_checked_path(name), name) as (container, stream),
+        closing(_blocks(container, stream, sr, errors)) as decoded,
+    ):
+        for block in decoded:
+            n += len(block)
+            yield np.divide(block, 32768.0, dtype=np.float32)
+        if n == 0:
+            reason = errors[0] if errors else "there are no sound samples in it"
+            raise AudioError(_unreadable(name, reason))
+        _warn_if_damaged(name, n / sr, _expected_seconds(container, stream), errors)
 
 
 def _collect(

@@ -200,8 +200,9 @@ class Faster:
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         from faster_whisper import WhisperModel
 
-        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}[decoding.dtype]
-        self.model = WhisperModel(spec.path, device.type, device_index=device.index or 0, compute_type=kind)
+        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(decoding.dtype, decoding.dtype)
+        threads = torch.get_num_threads()
+        self.model = WhisperModel(spec.path, device.type, device.index or 0, compute_type=kind, cpu_threads=threads)
         self.decoding = decoding
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser):
+    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser, _bench_parser):
         add(commands)
     args = vars(parser.parse_args(argv))
     run: Callable[..., int] = args.pop("run")
@@ -121,6 +121,8 @@ def _transcribe_parser(commands: Any) -> None:
     add("--threads", type=optional(int), default=0, help="CPU threads; 0 lets torch choose")
     add("--clip_timestamps", default="0", help="parts to transcribe: start,end,start,... in seconds")
     add("--hallucination_silence_threshold", type=optional(float), help="skip silences longer than this (seconds)")
+    add("--batch_size", type=optional(int), help="windows, of all files, decoded together; None is one after the other")
+    add("--vad_filter", type=boolean, default=False, help="leave out what holds no voice (better with silero-vad)")
 
 
 def _transcribe(
@@ -262,4 +264,51 @@ def _evaluate(**options: Any) -> int:
         raise OptionError(f"evaluate needs {e.name}, which is not installed: pip install 'dawhisper[train]'") from e
 
     run(EvaluateOptions(**options))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- bench
+
+
+def _bench_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "bench",
+        help="measure speed, stage by stage and beside other packages",
+        description="Times the encoder, the prompt and the tokens against the machine's own ceilings, and transcribes "
+        "the same recordings with other packages in turn: speed, time to the first segment, memory and word errors.",
+        # what is not given keeps the default of BenchOptions
+        argument_default=argparse.SUPPRESS,
+    )
+    p.set_defaults(run=_bench)
+    add = p.add_argument
+    add("recordings", nargs="*", metavar="RECORDING", help="manifests (JSON lines or their folder) or sound files")
+    add(
+        "--long",
+        nargs="+",
+        metavar="RECORDING",
+        help="the same, in batches of windows; 16 unless --batch_size is given",
+    )
+    add("--model", help="name or path; base by default")
+    add("--against", nargs="+", metavar="PEER", help="openai-whisper faster-whisper transformers; NAME:int8 for a type")
+    add("--limit", type=int, metavar="N", help="recordings of each manifest; 0, all of them, by default")
+    add("--repeat", type=int, metavar="N", help="rounds of which the fastest counts; 1 by default")
+    add("--batch_size", type=optional(int), help="windows decoded together; one recording at a time by default")
+    add("--beam_size", type=optional(int), help="beams; greedy by default")
+    add("--word_timestamps", type=boolean, help="times for each word")
+    add("--language", type=optional(str), help="spoken language; en by default, None detects it")
+    add("--dtype", help="of dawhisper: fp32, fp16, bf16 and what load_model takes; fp16 on a GPU, fp32 elsewhere")
+    add("--device", help="cpu, cuda or cuda:N; a GPU if there is one by default")
+    add("--threads", type=int, help="CPU threads; torch chooses by default")
+    add("--converted", metavar="DIR", help="where the peers' formats of the model are kept")
+    add("--markdown", metavar="FILE", help="write the tables there")
+    add("--json", metavar="FILE", help="write all of it there")
+
+
+def _bench(**options: Any) -> int:
+    try:
+        from .bench import BenchOptions, bench
+    except ModuleNotFoundError as e:
+        raise OptionError(f"bench needs {e.name}, which is not installed: pip install 'dawhisper[bench]'") from e
+
+    bench(BenchOptions(**options))
     return 0

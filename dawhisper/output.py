@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from whisper.utils import get_writer
 
+from .batched import BatchedRecording, iter_batched
 from .checkpoint import load_model
 from .decoding import language_code
 from .errors import DawhisperError, OptionError
@@ -43,12 +44,14 @@ class WriterOptions:
         return {name: value for name, value in asdict(self).items() if name != "output_format"}
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C within a recording; carries what was transcribed of it."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the file at this place in the list; `interrupted` by Ctrl-C, with what was known until then."""
 
-    def __init__(self, partial: Transcription):
-        super().__init__()
-        self.partial = partial
+    place: int
+    result: Transcription | None = None
+    error: DawhisperError | None = None
+    interrupted: bool = False
 
 
 def transcribe_files(
@@ -81,18 +84,19 @@ def transcribe_files(
     model = load_model(model_name, device, dtype, download_root)
     options["language"] = usable_language(model, model_name, options.get("language"))
 
-    failed = 0
-    for path, name in zip(paths, output_names(paths)):
-        try:
-            result = transcribe_until_interrupted(model, path, options)
-            write(result, name, output_dir, writing)
-        except Interrupted as stop:
-            write(stop.partial, name, output_dir, writing)
-            return report(f"interrupted in {path}; what was transcribed until then is in {output_dir}")
-        except DawhisperError as error:
-            failed = report(str(error))
-        except OSError as error:
-            failed = report(f"can't write the output of {path}: {error.strerror or error}")
+    failed, names = 0, output_names(paths)
+    outcomes = one_by_one if options.get("batch_size") is None else in_batches
+    for outcome in outcomes(model, paths, options):
+        path = paths[outcome.place]
+        if outcome.error is not None:
+            failed = report(str(outcome.error))
+        if outcome.result is not None:
+            try:
+                write(outcome.result, names[outcome.place], output_dir, writing)
+            except OSError as error:
+                failed = report(f"can't write the output of {path}: {error.strerror or error}")
+        if outcome.interrupted:
+            failed = report(f"interrupted in {path}; what was transcribed until then is in {output_dir}")
     return failed
 
 
@@ -143,20 +147,38 @@ def output_names(paths: Sequence[str]) -> list[str]:
     return result
 
 
-def transcribe_until_interrupted(model: Whisper, path: str, options: dict[str, Any]) -> Transcription:
-    """Transcribe a file; on Ctrl-C raise Interrupted with the segments known until then."""
-    segments, recording = transcribe_lazily(model, path, **options)
-    kept: list[Segment] = []
+def one_by_one(model: Whisper, paths: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
+    """Transcribe a file after the other."""
+    for place, path in enumerate(paths):
+        kept: list[Segment] = []
+        try:
+            segments, recording = transcribe_lazily(model, path, **options)
+            try:
+                for segment in segments:
+                    kept.append(segment)
+            except KeyboardInterrupt:
+                yield Outcome(place, collect(kept, recording), interrupted=True)
+                return
+            yield Outcome(place, collect(kept, recording))
+        except DawhisperError as error:
+            yield Outcome(place, error=error)
 
-    def keep() -> Iterator[Segment]:
-        for segment in segments:
-            kept.append(segment)
-            yield segment
 
+def in_batches(model: Whisper, paths: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
+    """Transcribe the files in common batches."""
+    recordings = [BatchedRecording(path) for path in paths]
+    unfinished = {id(recording): place for place, recording in enumerate(recordings)}
     try:
-        return collect(keep(), recording)
+        for recording, _ in iter_batched(model, recordings, TranscribeOptions.of(**options)):
+            if recording.finished:
+                result = None if recording.error else recording.result()
+                yield Outcome(unfinished.pop(id(recording)), result, recording.error)
     except KeyboardInterrupt:
-        raise Interrupted(collect(iter(kept), recording)) from None
+        for place in unfinished.values():
+            if recordings[place].segments:
+                yield Outcome(place, recordings[place].result(), interrupted=True)
+        if not any(recordings[place].segments for place in unfinished.values()):
+            raise
 
 
 def write(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:

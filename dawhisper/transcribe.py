@@ -1,17 +1,18 @@
 """A recording, or many -> segments of text with times: OpenAI's sliding window over 30 seconds at a time.
 
 Times are in seconds, `seek` positions in mel frames of 10 ms. The behaviour is openai-whisper's; what differs is that
-a window is encoded once, however often it is decoded, and that segments can be had as soon as they are known.
+a window is encoded once, however often it is decoded, and that segments can be had as soon as they are known. With a
+`batch_size`, windows are cut at pauses instead and decoded many at a time (batched.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH, N_FRAMES, N_SAMPLES, SA
 from whisper.tokenizer import LANGUAGES, Tokenizer
 from whisper.utils import format_timestamp, make_safe
 
-from .audio import load_audio, log_mel_spectrogram, pad_or_trim
+from .audio import SampleReader, load_audio, log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, language_code, model_tokenizer
 from .errors import OptionError, near_names
 from .model import AudioFeatures, Whisper
 from .timing import TimedText, Word, add_word_times
+from .vad import Skip, cut
 
 Source = str | PathLike[str] | np.ndarray | Tensor
 PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
@@ -45,6 +47,9 @@ class TranscribeOptions:
     clip_timestamps: "start,end,start,..." or a list, in seconds: the parts to transcribe.
     hallucination_silence_threshold: with word_timestamps, skip silences longer than this (seconds) around text that
         is likely made up.
+    batch_size: windows decoded together; recordings are cut into them at pauses, and none is prompted with the text
+        before it. None decodes one window after the other, each prompted with the text before it.
+    vad_filter: leave out what the voice activity detector hears no speech in.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
 
@@ -61,6 +66,8 @@ class TranscribeOptions:
     append_punctuations: str = "\"'.。,，!！?？:：”)]}、"
     clip_timestamps: str | Sequence[float] = "0"
     hallucination_silence_threshold: float | None = None
+    batch_size: int | None = None
+    vad_filter: bool = False
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
     @classmethod
@@ -73,9 +80,17 @@ class TranscribeOptions:
                 raise OptionError(f"unknown option {name!r}{near_names(name, own | window)}")
         decoding = DecodingOptions(**{k: v for k, v in options.items() if k in window})
         made = cls(decoding=decoding, **{k: v for k, v in options.items() if k in own})
+        if made.batch_size is not None and made.batch_size < 1:
+            raise OptionError(
+                f"batch_size is at least 1, or None for one window after the other; not {made.batch_size}"
+            )
         for temperature in made.temperatures():
             made.at(temperature).verify()
         return made
+
+    def speaking(self, language: str) -> TranscribeOptions:
+        """With the language of a recording."""
+        return replace(self, decoding=replace(self.decoding, language=language))
 
     def temperatures(self) -> list[float]:
         given = self.temperature
@@ -115,28 +130,51 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcription:
-    """A recording's text, segments and language code; `result["text"]` works as with openai-whisper's dict."""
+    """A recording's text, segments, language code, and the parts that were skipped and why.
+
+    `result["text"]` works as with openai-whisper's dict.
+    """
 
     text: str
     segments: list[Segment]
     language: str
+    skipped: list[Skip] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         segments = [segment.to_dict() for segment in self.segments]
-        return {"text": self.text, "segments": segments, "language": self.language}
+        skipped = [asdict(skip) for skip in self.skipped]
+        return {"text": self.text, "segments": segments, "language": self.language, "skipped": skipped}
 
     def __getitem__(self, key: str) -> Any:
         return self.to_dict()[key]
 
 
+class Recording(Protocol):
+    """What is known of a recording while it is transcribed; `skipped` grows."""
+
+    @property
+    def duration(self) -> float:
+        """In seconds; when batched, of what was read so far."""
+
+    @property
+    def language(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def skipped(self) -> list[Skip]: ...
+
+
 @dataclass(frozen=True)
-class Recording:
+class OpenRecording:
     """A recording ready to be transcribed: its log-mel [n_mels, frames + 3000], 30 s of silence at its end."""
 
     mel: Tensor
     language: str
     tokenizer: Tokenizer
     clips: list[tuple[int, int]]  # first and last frame of each part to transcribe
+    skipped: list[Skip] = field(default_factory=list)
 
     @property
     def frames(self) -> int:
@@ -163,6 +201,14 @@ class Window:
         return self.size * HOP_LENGTH / SAMPLE_RATE
 
     @property
+    def end(self) -> int:
+        return self.seek + self.size
+
+    def skip(self, why: str) -> Split:
+        """This window as one that counts as not heard."""
+        return Split([], self.end, heard=False, skipped=(Skip(self.start, self.start + self.duration, why),))
+
+    @property
     def end_of_30s(self) -> float:
         return (self.seek + N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
 
@@ -171,13 +217,14 @@ class Window:
 class Split:
     """What a window gave: its segments, and the frame where the next window starts.
 
-    at_end: the text says that nothing is spoken after its last timestamp; skipped: the window counts as not heard.
+    at_end: the text says that nothing is spoken after its last timestamp; heard: its text leads the next window's.
     """
 
     segments: list[Segment]
     resume: int
     at_end: bool = False
-    skipped: bool = False
+    heard: bool = True
+    skipped: tuple[Skip, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,51 +262,104 @@ class Prompt:
 def transcribe(model: Whisper, audio: Source | Sequence[Source], **options: Any) -> Transcription | list[Transcription]:
     """Transcribe a recording: a file of any format, or mono samples [n] at 16 kHz. A list of them gives a list.
 
-    Keyword arguments are the fields of TranscribeOptions and DecodingOptions. Raises AudioError for audio that can't
-    be used and OptionError for options that can't.
+    Keyword arguments are the fields of TranscribeOptions and DecodingOptions. With a `batch_size`, the windows of a
+    list's recordings fill batches together. Raises AudioError for audio that can't be used and OptionError for options
+    that can't.
     """
-    if isinstance(audio, (list, tuple)):
-        return [transcribe(model, one, **options) for one in audio]  # type: ignore[misc]
-    segments, info = transcribe_lazily(model, audio, **options)  # type: ignore[arg-type]
-    return collect(segments, info)
+    made = TranscribeOptions.of(**options)
+    if not isinstance(audio, (list, tuple)):
+        segments, recording = segments_of(model, audio, made)  # type: ignore[arg-type]
+        return collect(segments, recording)
+    if made.batch_size is None:
+        return [collect(*segments_of(model, one, made)) for one in audio]
+    from .batched import transcribe_all
+
+    return transcribe_all(model, audio, made)
 
 
 def transcribe_lazily(model: Whisper, audio: Source, **options: Any) -> tuple[Iterator[Segment], Recording]:
-    """As `transcribe`, but a generator that yields each segment as soon as it is known, and what is known before."""
-    made = TranscribeOptions.of(**options)
-    recording = open_recording(model, audio, made)
-    return iter_segments(model, recording, made), recording
+    """As `transcribe`, but a generator that yields each segment as soon as it is known, and what is known before.
+
+    With a `batch_size` a recording's language and length are known when its segments are.
+    """
+    return segments_of(model, audio, TranscribeOptions.of(**options))
 
 
-def collect(segments: Iterator[Segment], recording: Recording) -> Transcription:
+def segments_of(model: Whisper, audio: Source, options: TranscribeOptions) -> tuple[Iterator[Segment], Recording]:
+    if options.batch_size is not None:
+        from .batched import BatchedRecording, segments_of_one
+
+        batched = BatchedRecording(audio)
+        return segments_of_one(model, batched, options), batched
+    recording = open_recording(model, audio, options)
+    return iter_segments(model, recording, options.speaking(recording.language)), recording
+
+
+def collect(segments: Iterable[Segment], recording: Recording) -> Transcription:
     """All segments, as a Transcription."""
     kept = list(segments)
     text = recording.tokenizer.decode([token for segment in kept for token in segment.tokens])
-    return Transcription(text, kept, recording.language)
+    return Transcription(text, kept, recording.language, sorted(recording.skipped, key=lambda skip: skip.start))
 
 
-def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> Recording:
+def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> OpenRecording:
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
-    clips = seek_points(options.clip_timestamps)
+    clips = clip_frames(options.clip_timestamps)
     samples = load_audio(audio)
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
     language = options.decoding.language
     if language is None:
-        language = "en"
-        if model.is_multilingual:
-            if options.verbose:
-                print("Detecting language using up to the first 30 seconds. Use `--language` to specify the language")
-            _, probs = detect_language(model, pad_or_trim(mel, context_frames(model, mel.shape[-1] - N_FRAMES)))
-            language = max((p, code) for code, p in probs.items())[1]  # type: ignore[union-attr]
-            if options.verbose is not None:
-                print(f"Detected language: {LANGUAGES[language].title()}")
-    language = language_code(language)
+        if model.is_multilingual and options.verbose:
+            print("Detecting language using up to the first 30 seconds. Use `--language` to specify the language")
+        heard = padded_frames(model, mel.shape[-1] - N_FRAMES)
+        (language,) = spoken_languages(model, pad_or_trim(mel, heard)[None], options)
+    warn_of_translated_words(options)
+    tokenizer = model_tokenizer(model, language, options.decoding.task)
+    ended = [(first, mel.shape[-1] - N_FRAMES if last is None else last) for first, last in clips]
+    if not options.vad_filter:
+        return OpenRecording(mel, language_code(language), tokenizer, ended)
+    voiced, skipped = spoken_parts(samples, ended)
+    for skip in skipped:
+        say(skip, options)
+    return OpenRecording(mel, language_code(language), tokenizer, voiced, skipped)
+
+
+def spoken_languages(model: Whisper, audio: Tensor | AudioFeatures, options: TranscribeOptions) -> list[str]:
+    """Language codes of windows [B, ..]; English for a model that knows no other."""
+    if not model.is_multilingual:
+        return ["en"] * len(audio if isinstance(audio, Tensor) else audio.primary)
+    _, probs = detect_language(model, audio)
+    languages = [max((p, code) for code, p in each.items())[1] for each in probs]  # type: ignore[union-attr]
+    if options.verbose is not None:
+        for language in languages:
+            print(f"Detected language: {LANGUAGES[language].title()}")
+    return languages
+
+
+def warn_of_translated_words(options: TranscribeOptions) -> None:
     if options.word_timestamps and options.decoding.task == "translate":
         warnings.warn("Word-level timestamps on translations may not be reliable.", stacklevel=2)
-    tokenizer = model_tokenizer(model, language, options.decoding.task)
-    if len(clips) % 2:
-        clips.append(mel.shape[-1] - N_FRAMES)
-    return Recording(mel, language, tokenizer, list(zip(clips[::2], clips[1::2])))
+
+
+def spoken_parts(samples: np.ndarray, clips: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[Skip]]:
+    """What is left of the clips (first and last frame) without the silence in them, and what was left out."""
+    skips, parts = [], []
+    for first, last in clips:
+        reader = SampleReader(samples[first * HOP_LENGTH : last * HOP_LENGTH])
+        offset = first * HOP_LENGTH / SAMPLE_RATE
+        silent = [s for s in cut(reader, None, drop_silence=True) if isinstance(s, Skip)]
+        silent = [Skip(s.start + offset, s.end + offset, s.why) for s in silent]
+        edges = [round(t * FRAMES_PER_SECOND) for s in silent for t in (s.start, s.end)]
+        borders = [first, *edges, last]
+        parts += [(a, b) for a, b in zip(borders[::2], borders[1::2]) if b > a]
+        skips += silent
+    return parts, skips
+
+
+def clip_frames(timestamps: str | Sequence[float]) -> list[tuple[int, int | None]]:
+    """First and last frame of each part to transcribe; None is the recording's end."""
+    points = seek_points(timestamps)
+    return list(itertools.zip_longest(points[::2], points[1::2]))
 
 
 def seek_points(timestamps: str | Sequence[float]) -> list[int]:
@@ -274,7 +374,7 @@ def seek_points(timestamps: str | Sequence[float]) -> list[int]:
     return [round(t * FRAMES_PER_SECOND) for t in seconds] or [0]
 
 
-def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptions) -> Iterator[Segment]:
+def iter_segments(model: Whisper, recording: OpenRecording, options: TranscribeOptions) -> Iterator[Segment]:
     """The sliding window: decode 30 s, cut it into segments, go on where the last complete one ends."""
     prompt = Prompt.of(model, recording.tokenizer, options)
     last_speech, count = 0.0, 0
@@ -283,68 +383,99 @@ def iter_segments(model: Whisper, recording: Recording, options: TranscribeOptio
             while seek < (end := min(last, recording.frames)):
                 window = Window(seek, min(N_FRAMES, end - seek))
                 split, result = hear(model, recording, window, options, prompt, last_speech)
-                if result is not None:
+                recording.skipped.extend(split.skipped)
+                if split.heard and result is not None:
                     last_speech = last_word_end(split.segments, default=last_speech)
                     split = replace(split, segments=[without_empty(segment) for segment in split.segments])
                     prompt = prompt.after(split.segments, result, options)
+                for skip in split.skipped:
+                    say(skip, options)
                 for segment in split.segments:
-                    if options.verbose and segment.text:
-                        print(printable(segment))
+                    say(segment, options)
                     yield replace(segment, id=count)
                     count += 1
-                seek = split.resume if split.resume > seek else seek + window.size
+                seek = split.resume if split.resume > seek else window.end
                 bar.update(min(seek, recording.frames) - window.seek)
 
 
 def hear(
-    model: Whisper, recording: Recording, window: Window, options: TranscribeOptions, prompt: Prompt, last_speech: float
+    model: Whisper,
+    recording: OpenRecording,
+    window: Window,
+    options: TranscribeOptions,
+    prompt: Prompt,
+    last_speech: float,
 ) -> tuple[Split, DecodingResult | None]:
-    """A window's segments and what they were cut from; None where the window counts as not heard."""
-    silence = Split([], window.seek + window.size, skipped=True)
-    if not is_audible(recording.mel, window):
-        return silence, None
+    """A window's segments, and what they were cut from where it was decoded."""
+    if not is_audible(recording.mel[:, window.seek : window.end]):
+        return window.skip("digital silence"), None
     features = encode_window(model, recording.mel, window)
-    result = decode_with_fallback(model, features, options, prompt.tokens(options))
+    (result,) = decode_with_fallback(model, features, options, prompt.tokens(options))
+    return split_window(model, recording, window, result, options, last_speech), result
+
+
+def split_window(
+    model: Whisper,
+    recording: Recording,
+    window: Window,
+    result: DecodingResult,
+    options: TranscribeOptions,
+    last_speech: float,
+) -> Split:
+    """What a decoded window gave, with words where they are asked for."""
     if is_silence(result, options):
-        return silence, None
+        return window.skip("no speech")
     split = split_segments(result, window, model, recording.tokenizer)
-    if options.word_timestamps:
-        split = with_words(split, model, recording, features, window, last_speech, options)
-    return split, None if split.skipped else result
+    if not options.word_timestamps:
+        return split
+    features = AudioFeatures(*(x[None] for x in result.audio_features))
+    return with_words(split, model, recording, features, window, last_speech, options)
 
 
-def is_audible(mel: Tensor, window: Window) -> bool:
-    """Whether anything in the window rises above the spectrogram's floor, 80 dB below the recording's loudest moment.
+def is_audible(mel: Tensor) -> bool:
+    """Whether anything in the window [n_mels, frames] rises above the spectrogram's floor, 80 dB below the maximum.
 
     In digital silence openai-whisper hears "you"; this is the one place where we differ from it.
     """
-    low, high = mel[:, window.seek : window.seek + window.size].aminmax()
+    low, high = mel.aminmax()
     return bool(low < high)
 
 
-def context_frames(model: Whisper, size: int) -> int:
-    """Frames that the encoder gets for `size` frames of sound: 30 s, or if trained so, whole seconds."""
+def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
+    """Features [1, T, d] of a window."""
+    audio = pad_or_trim(mel[:, window.seek : window.end], padded_frames(model, window.size))
+    with torch.no_grad():
+        return model.encode(audio[None].to(model.device, model.dtype))
+
+
+def padded_frames(model: Whisper, size: int) -> int:
+    """How many frames to encode: 30 s, or whole seconds where the model was trained without padding."""
     if not model.variable_audio_ctx:
         return N_FRAMES
     return min(N_FRAMES, max(1, -(-size // FRAMES_PER_SECOND)) * FRAMES_PER_SECOND)
 
 
-def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
-    """Features [1, T, d] of a window, padded to 30 s unless the model was trained without padding."""
-    audio = pad_or_trim(mel[:, window.seek : window.seek + window.size], context_frames(model, window.size))
-    with torch.no_grad():
-        return model.encode(audio[None].to(model.device, model.dtype))
-
-
 def decode_with_fallback(
     model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]
-) -> DecodingResult:
-    """Decode one window at each temperature in turn, until the text is neither repetitive nor too unlikely."""
+) -> list[DecodingResult]:
+    """Decode windows [B, T, d] at each temperature in turn, those alone whose text is too repetitive or unlikely."""
+    results: dict[int, DecodingResult] = {}
+    failing = list(range(len(features.primary)))
     for temperature in options.temperatures():
-        result = decode_windows(model, features, options.at(temperature, prompt))[0]
-        if not needs_fallback(result, options):
+        decoded = decode_windows(model, pick(features, failing), options.at(temperature, prompt))
+        results.update(zip(failing, decoded))
+        failing = [i for i in failing if needs_fallback(results[i], options)]
+        if not failing:
             break
-    return result
+    return [results[i] for i in sorted(results)]
+
+
+def pick(features: AudioFeatures, windows: list[int]) -> AudioFeatures:
+    """Some windows of a batch, without a copy where they are all of it."""
+    if len(windows) == len(features.primary):
+        return features
+    primary = features.primary[windows]
+    return AudioFeatures(primary, primary if features.secondary is features.primary else features.secondary[windows])
 
 
 def needs_fallback(result: DecodingResult, options: TranscribeOptions) -> bool:
@@ -414,8 +545,11 @@ def without_empty(segment: Segment) -> Segment:
     return segment
 
 
-def printable(segment: Segment) -> str:
-    return make_safe(f"[{format_timestamp(segment.start)} --> {format_timestamp(segment.end)}] {segment.text}")
+def say(heard: Segment | Skip, options: TranscribeOptions) -> None:
+    """Print a segment, or what was skipped, where that was asked for."""
+    text = heard.text if isinstance(heard, Segment) else f" (skipped: {heard.why})"
+    if options.verbose and text:
+        print(make_safe(f"[{format_timestamp(heard.start)} --> {format_timestamp(heard.end)}] {text}"))
 
 
 # ---------------------------------------------------------------------------------------- word times in long form
@@ -469,7 +603,9 @@ def without_hallucinations(
     segments = split.segments
     first = next((s for s in segments if s.words), None)
     if first is not None and is_anomalous(first) and first.start - window.start > threshold:
-        return Split([], window.seek + round((first.start - window.start) * FRAMES_PER_SECOND), skipped=True)
+        silence = Skip(window.start, first.start, "silence before improbable text")
+        resume = window.seek + round((first.start - window.start) * FRAMES_PER_SECOND)
+        return Split([], resume, heard=False, skipped=(silence,))
 
     heard_until = last_speech
     for i, segment in enumerate(segments):
@@ -489,10 +625,11 @@ def without_hallucinations(
                 or window.end_of_30s - segment.end < 2.0
             )
             if silent_before and silent_after:
-                resume = round(max(window.start + 1, segment.start) * FRAMES_PER_SECOND)
+                resume, skipped = round(max(window.start + 1, segment.start) * FRAMES_PER_SECOND), split.skipped
                 if recording.duration - segment.end < threshold:
-                    resume = recording.frames
-                return replace(split, segments=segments[:i], resume=resume)
+                    resume = round(recording.duration * FRAMES_PER_SECOND)
+                    skipped = (Skip(segment.start, recording.duration, "improbable text in silence"),)
+                return replace(split, segments=segments[:i], resume=resume, skipped=skipped)
         heard_until = segment.end
     return split
 

@@ -1,0 +1,274 @@
+"""Windows of one recording or of thousands, decoded many at a time.
+
+Recordings are read in blocks and cut into windows at pauses (vad.py); a batch takes the next windows there are, of
+whichever recording. What a window's text leaves unheard is a window again, in the next batch. Segments come in order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
+from whisper.tokenizer import Tokenizer
+
+from .audio import SampleReader, log_mel_spectrogram, pad_or_trim
+from .decoding import DecodingResult, language_code, model_tokenizer
+from .errors import AudioError
+from .model import Whisper
+from .transcribe import (
+    Prompt,
+    Segment,
+    Source,
+    Split,
+    TranscribeOptions,
+    Transcription,
+    Window,
+    clip_frames,
+    collect,
+    decode_with_fallback,
+    is_audible,
+    padded_frames,
+    pick,
+    say,
+    split_window,
+    spoken_languages,
+    warn_of_translated_words,
+    without_empty,
+)
+from .vad import Chunk, Skip, cut, detector
+
+T = TypeVar("T")
+
+
+@dataclass
+class Slot:
+    """The place of a window's segments in its recording's order; `open` while a part of the window is to be heard."""
+
+    segments: list[Segment] = field(default_factory=list)
+    open: bool = True
+
+
+@dataclass(eq=False)
+class BatchedRecording:
+    """What is known of a recording so far.
+
+    segments: those known, in order. error: why it can't be read, or not to its end. finished: nothing will change.
+    """
+
+    source: Source
+    language: str = ""
+    duration: float = 0.0
+    segments: list[Segment] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+    error: AudioError | None = None
+    ended: bool = False  # all of it was read
+    slots: deque[Slot] = field(default_factory=deque)
+    _tokenizer: Tokenizer | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.ended and not self.slots
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None, "the language is not known yet"
+        return self._tokenizer
+
+    def speaks(self, model: Whisper, language: str, task: str) -> None:
+        self.language, self._tokenizer = language_code(language), model_tokenizer(model, language, task)
+
+    def release(self) -> list[Segment]:
+        """The segments that are known now and follow those before without a gap."""
+        known: list[Segment] = []
+        while self.slots and not self.slots[0].open:
+            for segment in self.slots.popleft().segments:
+                known.append(replace(segment, id=len(self.segments) + len(known)))
+        self.segments += known
+        return known
+
+    def result(self) -> Transcription:
+        return collect(self.segments, self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A window to be decoded."""
+
+    recording: BatchedRecording
+    slot: Slot
+    chunk: Chunk
+
+    @property
+    def window(self) -> Window:
+        return Window(self.chunk.seek, self.chunk.size)
+
+
+def transcribe_all(model: Whisper, sources: Sequence[Source], options: TranscribeOptions) -> list[Transcription]:
+    """Transcribe recordings in common batches; the first that can't be read ends it with its AudioError."""
+    recordings = [BatchedRecording(source) for source in sources]
+    for recording, _ in iter_batched(model, recordings, options):
+        if recording.error is not None:
+            raise recording.error
+    return [recording.result() for recording in recordings]
+
+
+def segments_of_one(model: Whisper, recording: BatchedRecording, options: TranscribeOptions) -> Iterator[Segment]:
+    for _, segments in iter_batched(model, [recording], options):
+        yield from segments
+    if recording.error is not None:
+        raise recording.error
+
+
+def iter_batched(
+    model: Whisper, recordings: Sequence[BatchedRecording], options: TranscribeOptions
+) -> Iterator[tuple[BatchedRecording, list[Segment]]]:
+    """Yields a recording and its next segments as they become known; of each one, once, when it is finished."""
+    warn_of_translated_words(options)
+    detector()  # loaded here, since its import changes torch's threads for a moment
+    size = options.batch_size or 1
+    again: deque[Job] = deque()  # what windows left unheard
+    with (
+        closing(read_ahead(read(recordings, options), size)) as pieces,
+        tqdm(unit="s", disable=options.verbose is not False) as bar,
+    ):
+        while True:
+            batch, touched = next_batch(pieces, again, size, options)
+            if not touched:
+                return
+            for job, split in zip(batch, hear_batch(model, batch, options)):
+                rest = settle(job, split, options)
+                again += [] if rest is None else [rest]
+                bar.update(round((job.chunk.size - (rest.chunk.size if rest else 0)) / FRAMES_PER_SECOND, 2))
+            for recording in touched:
+                if recording.ended and not recording.language:  # nothing could be heard in it
+                    recording.speaks(model, options.decoding.language or "en", options.decoding.task)
+                known = recording.release()
+                for segment in known:
+                    say(segment, options)
+                if known or recording.finished:
+                    yield recording, known
+
+
+def read(
+    recordings: Sequence[BatchedRecording], options: TranscribeOptions
+) -> Iterator[tuple[BatchedRecording, Chunk | Skip | AudioError | None]]:
+    """What the recordings hold, one after the other; at the end of each, None or why it could not be read."""
+    clips = clip_frames(options.clip_timestamps)
+    for recording in recordings:
+        try:
+            with closing(SampleReader(recording.source)) as reader:
+                for first, last in clips:
+                    reader.skip_to(first * HOP_LENGTH)
+                    end = None if last is None else last * HOP_LENGTH
+                    for piece in cut(reader, end, options.vad_filter):
+                        yield recording, piece
+            yield recording, None
+        except AudioError as error:
+            yield recording, error
+
+
+def read_ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
+    """The items, of which up to `count` are made in a thread before they are asked for."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        coming = deque(pool.submit(next, items, None) for _ in range(count))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def next_batch(
+    pieces: Iterator[tuple[BatchedRecording, Chunk | Skip | AudioError | None]],
+    again: deque[Job],
+    size: int,
+    options: TranscribeOptions,
+) -> tuple[list[Job], list[BatchedRecording]]:
+    """Up to `size` windows, and the recordings about which something new is known or will be."""
+    batch = [again.popleft() for _ in range(min(size, len(again)))]
+    touched = {job.recording: None for job in batch}  # a set that keeps its order
+    while len(batch) < size and (item := next(pieces, None)) is not None:
+        recording, piece = item
+        touched[recording] = None
+        if isinstance(piece, Chunk):
+            recording.duration = piece.seek / FRAMES_PER_SECOND + piece.size / FRAMES_PER_SECOND
+            if piece.size:
+                recording.slots.append(Slot())
+                batch.append(Job(recording, recording.slots[-1], piece))
+        elif isinstance(piece, Skip):
+            recording.duration = piece.end
+            recording.skipped.append(piece)
+            say(piece, options)
+        else:
+            recording.ended, recording.error = True, piece
+    return batch, list(touched)
+
+
+def hear_batch(model: Whisper, batch: list[Job], options: TranscribeOptions) -> list[Split]:
+    """What each window gave."""
+    if not batch:
+        return []
+    frames = padded_frames(model, max(job.chunk.size for job in batch))
+    samples = np.stack([pad_or_trim(job.chunk.samples, frames * HOP_LENGTH) for job in batch])
+    mel = log_mel_spectrogram(torch.from_numpy(samples), model.dims.n_mels, device=model.device)
+    for window, job in zip(mel, batch):
+        window[:, job.chunk.size :] = 0  # as the last window of a recording is padded
+    audible = [i for i, job in enumerate(batch) if is_audible(mel[i, :, : job.chunk.size])]
+    results = decode_jobs(model, mel[audible], [batch[i] for i in audible], options)
+    decoded = dict(zip(audible, results))
+    return [
+        split_window(model, job.recording, job.window, decoded[i], options, last_speech=job.window.start)
+        if i in decoded
+        else job.window.skip("digital silence")
+        for i, job in enumerate(batch)
+    ]
+
+
+def decode_jobs(
+    model: Whisper, mel: torch.Tensor, jobs: list[Job], options: TranscribeOptions
+) -> Iterator[DecodingResult]:
+    """Decode windows [B, n_mels, frames], all of one language at once; find the language of new recordings first."""
+    if not jobs:
+        return iter(())
+    with torch.no_grad():
+        features = model.encode(mel.to(model.dtype))
+    new: dict[BatchedRecording, int] = {}  # its first window
+    for i, job in enumerate(jobs):
+        if not job.recording.language:
+            new.setdefault(job.recording, i)
+    if options.decoding.language:
+        languages = [options.decoding.language] * len(new)
+    else:
+        languages = spoken_languages(model, pick(features, list(new.values())), options) if new else []
+    for recording, language in zip(new, languages):
+        recording.speaks(model, language, options.decoding.task)
+
+    results: dict[int, DecodingResult] = {}
+    for language in dict.fromkeys(job.recording.language for job in jobs):
+        same = [i for i, job in enumerate(jobs) if job.recording.language == language]
+        prompt = Prompt.of(model, jobs[same[0]].recording.tokenizer, options).initial
+        decoded = decode_with_fallback(model, pick(features, same), options.speaking(language), prompt)
+        results.update(zip(same, decoded))
+    return (results[i] for i in range(len(jobs)))
+
+
+def settle(job: Job, split: Split, options: TranscribeOptions) -> Job | None:
+    """Put a window's segments in their place; returns what is left of it to be heard."""
+    for skip in split.skipped:
+        say(skip, options)
+    job.recording.skipped += split.skipped
+    job.slot.segments += [without_empty(segment) for segment in split.segments]
+    resume = split.resume if split.resume > job.chunk.seek else job.window.end
+    if resume < job.window.end and job.chunk.has_speech(resume):
+        return Job(job.recording, job.slot, job.chunk.rest(resume))
+    job.slot.open = False
+    return None

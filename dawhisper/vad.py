@@ -1,0 +1,170 @@
+"""Where somebody speaks, and from that: where a recording is cut into windows of up to 30 seconds.
+
+Speech is found by Silero's voice activity detector where the package silero-vad is installed (the extra `vad`), and by
+loudness otherwise. A recording is read in blocks, so that one of many hours takes no more memory than a short one.
+Cuts lie between steps of 160 ms, which is both a whole number of the detector's frames and of spectrogram frames.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from .audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, SampleReader
+from .errors import OptionError
+
+FRAME = 512  # samples that the detector judges at once, 32 ms
+STEP = 5 * FRAME  # 160 ms
+BLOCK = 200 * STEP  # 32 s, read and judged at once
+CONTEXT = 8 * STEP  # the detector hears 1.3 s before a block again, to be settled when the block starts
+LONGEST = N_SAMPLES // STEP  # steps of a window: 29.92 s
+SHORTEST = 125  # steps, 20 s: before this a window is not cut where it could be longer
+PAUSE = 0.3  # of 3.0: as little speech as this in 640 ms makes a pause
+
+THRESHOLD = 0.5  # probability from which on a step is speech
+PADDING = 3  # steps kept before and after speech
+MIN_SILENCE = 6  # steps, about 1 s: shorter silences are not worth leaving out
+
+Detector = Callable[[np.ndarray], np.ndarray]  # samples [n] -> probability of speech of each frame [n / 512]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A part of a recording that gives no text, in seconds, and why."""
+
+    start: float
+    end: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is to be decoded as one window: samples from spectrogram frame `seek` on, and the speech of each step."""
+
+    seek: int
+    samples: np.ndarray  # [n], n <= 480,000
+    speech: np.ndarray  # [n / 2560], probabilities
+
+    @property
+    def size(self) -> int:
+        """In spectrogram frames, whole ones."""
+        return len(self.samples) // HOP_LENGTH
+
+    def has_speech(self, seek: int) -> bool:
+        """Whether there is speech from this spectrogram frame on."""
+        return bool((self.speech[-(-(seek - self.seek) * HOP_LENGTH // STEP) :] >= THRESHOLD).any())
+
+    def rest(self, seek: int) -> Chunk:
+        """What is left from this spectrogram frame on."""
+        first = (seek - self.seek) * HOP_LENGTH
+        return Chunk(seek, self.samples[first:], self.speech[first // STEP :])
+
+
+def cut(reader: SampleReader, end: int | None, drop_silence: bool) -> Iterator[Chunk | Skip]:
+    """Cut what comes from the reader, up to its sample `end`, into windows; with `drop_silence`, leave silence out.
+
+    A window that can't hold the rest ends in the latest pause of its last ten seconds. Windows don't overlap, and
+    together with the skips they cover everything.
+    """
+    heard = _Buffer(reader, end)
+    while heard.fill():
+        if drop_silence:
+            if (skip := _skip_silence(heard)) is not None:
+                yield skip
+            if not heard.fill():
+                break
+        steps = _window(heard.speech, heard.ended)
+        yield heard.take(steps - (_trailing_silence(heard.speech[:steps]) if drop_silence else 0))
+
+
+class _Buffer:
+    """What was read and judged, and not yet taken: at least 30 s, where there is as much."""
+
+    def __init__(self, reader: SampleReader, end: int | None):
+        self.reader, self.end = reader, end
+        self.start = reader.position  # in samples, of what is in here
+        self.samples = self.before = np.zeros(0, np.float32)
+        self.speech = np.zeros(0, np.float32)  # of each step
+        self.ended = False
+
+    def fill(self) -> bool:
+        """Read on where there is too little; False at the end."""
+        while not self.ended and len(self.speech) <= LONGEST:
+            size = BLOCK if self.end is None else min(BLOCK, self.end - self.reader.position)
+            block = self.reader.read(size)
+            self.ended = len(block) < BLOCK
+            if len(block):
+                frames = detector()(np.concatenate([self.before, block]))[len(self.before) // FRAME :]
+                frames = np.pad(frames, (0, -len(frames) % 5))
+                self.speech = np.concatenate([self.speech, frames.reshape(-1, 5).max(axis=1)])
+                self.samples = np.concatenate([self.samples, block])
+                self.before = block[-CONTEXT:]
+        return bool(len(self.samples))
+
+    def take(self, steps: int) -> Chunk:
+        chunk = Chunk(self.start // HOP_LENGTH, self.samples[: steps * STEP], self.speech[:steps])
+        self.start += len(chunk.samples)
+        self.samples, self.speech = self.samples[steps * STEP :], self.speech[steps:]
+        return chunk
+
+
+def _skip_silence(heard: _Buffer) -> Skip | None:
+    """Go on to where speech starts."""
+    start = heard.start
+    while heard.fill():
+        loud = np.flatnonzero(heard.speech >= THRESHOLD)
+        if len(loud):
+            silent = max(int(loud[0]) - PADDING, 0)
+            if silent >= MIN_SILENCE or heard.start > start:
+                heard.take(silent)
+            break
+        heard.take(len(heard.speech) - (0 if heard.ended else PADDING))
+    return Skip(start / SAMPLE_RATE, heard.start / SAMPLE_RATE, "no voice") if heard.start > start else None
+
+
+def _trailing_silence(speech: np.ndarray) -> int:
+    """Steps that can be left out at the end."""
+    loud = np.flatnonzero(speech >= THRESHOLD)
+    silent = len(speech) - 1 - int(loud[-1]) - PADDING if len(loud) else 0
+    return silent if silent >= MIN_SILENCE else 0
+
+
+def _window(speech: np.ndarray, ended: bool) -> int:
+    """Steps of the next window: all that is left, or up to its latest pause, or else its quietest moment."""
+    if ended and len(speech) <= LONGEST:
+        return len(speech)
+    # how much speech there is around each border between two steps
+    around = np.convolve(speech[: LONGEST + 2], [0.5, 1.0, 1.0, 0.5], mode="valid")[SHORTEST - 2 :]
+    pauses = np.flatnonzero(around < PAUSE)
+    return SHORTEST + int(pauses[-1] if len(pauses) else around.argmin())
+
+
+@cache
+def detector() -> Detector:
+    """Silero's detector, or loudness where it is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("silero_vad", "onnxruntime")):
+        return loudness
+    threads = torch.get_num_threads()
+    from silero_vad import load_silero_vad
+
+    torch.set_num_threads(threads)  # the import sets it to one
+    try:
+        return load_silero_vad(sequence=True).audio_forward
+    except TypeError:
+        raise OptionError("this silero-vad is too old: pip install -U 'dawhisper[vad]', or uninstall it") from None
+
+
+def loudness(samples: np.ndarray) -> np.ndarray:
+    """A stand-in for a detector: how certainly each frame is louder than 35 dB below the loudest ones, and -60 dBFS.
+
+    In steady noise everything counts as speech: rather decode noise than lose words.
+    """
+    frames = np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME)
+    decibels = 10 * np.log10(np.square(frames, dtype=np.float64).mean(axis=1) + 1e-12)
+    floor = max(float(np.percentile(decibels, 95)) - 35, -60.0)
+    return 1 / (1 + np.exp(-(decibels - floor) / 5))
