@@ -124,7 +124,9 @@ def main() -> None:
             flush=True,
         )
         plain = StreamOptions(language="en")
-        runs = [replace(plain, policy=p, step=s, longest=n) for p in args.policy for s in args.step for n in args.longest]
+        runs = [
+            replace(plain, policy=p, step=s, longest=n) for p in args.policy for s in args.step for n in args.longest
+        ]
         for options in runs:
             for margin in args.margin if options.policy == "attention" else args.margin[:1]:
                 run = simulate(model, heard, replace(options, margin=margin), args.instant)

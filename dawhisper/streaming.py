@@ -284,9 +284,7 @@ class Stream:
         self._remember(self.final[: last + 1])
         self.final = self.final[last + 1 :]
         # word times are a little off: the quietest moment around the border belongs to neither word
-        first, end = (
-            round((w.start + w.end) / 2 * SAMPLE_RATE) - self.start for w in (before, behind)
-        )
+        first, end = (round((w.start + w.end) / 2 * SAMPLE_RATE) - self.start for w in (before, behind))
         levels = loudness(self.buffer[first:end])
         self._forget(first + FRAME * int(levels.argmin()) + FRAME // 2 if len(levels) else end)
         return Update()
