@@ -2,7 +2,7 @@
 
 Clips of up to 30 s with the same model and options are decoded together, in one batch; what a batch can't settle (a
 window to be decoded again at a higher temperature, a text that ends before its clip) goes the way of `transcribe`, so
-the result is the same as that of a clip alone.
+the result is the same as that of a clip alone. (A language to be found out is read from the window that is decoded.)
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class Engine:
                 return []
             taken = [self.jobs.popleft()]
             first = taken[0].work
-            if isinstance(first, Clip) and first.is_short:
+            # models that hear as much as there is would hear the padding of a longer neighbour
+            if isinstance(first, Clip) and first.is_short and not self.models[first.model].variable_audio_ctx:
                 fitting = (j for j in self.jobs if isinstance(j.work, Clip) and first.goes_with(j.work))
                 taken += itertools.islice(fitting, self.batch_size - 1)
                 self.jobs = deque(job for job in self.jobs if job not in taken)
@@ -219,7 +220,7 @@ def transcribe_together(
     language = options.decoding.language or "en"
     recordings = [recorded(model, samples, language, options) for samples in clips]
     prompt = Prompt.of(model, recordings[0].tokenizer, options).tokens(options)
-    mels = torch.stack([pad_or_trim(r.mel, N_FRAMES) for r in recordings])
+    mels = torch.stack([pad_or_trim(r.mel[:, : r.frames], N_FRAMES) for r in recordings])
     with torch.no_grad():
         features = model.encode(mels.to(model.device, model.dtype))
     results = decode_windows(model, features, options.at(options.temperatures()[0], prompt))

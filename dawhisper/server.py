@@ -55,7 +55,7 @@ LIVE_BACKLOG = 60.0  # seconds of live audio that may wait
 PAGE = Path(__file__).parent / "page"
 # the page needs nothing from elsewhere, and nobody else's page may frame it
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 
