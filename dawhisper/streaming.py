@@ -5,7 +5,7 @@ forced prefix of that decoding, and the text that has left the buffer is its pro
 said twice. Which new words are final is decided by
 
 - "attention": the cross-attention's path through the text (see timing.py) ends them `margin` seconds before the end of
-  the audio, after AlignAtt (Papi et al., arXiv:2305.11408), or
+  the audio (the last word: twice that), after AlignAtt (Papi et al., arXiv:2305.11408), or
 - "agreement": two decodings in a row begin with them, LocalAgreement-2 (Liu et al., arXiv:2005.11185; in Whisper:
   Macháček et al., arXiv:2307.14743).
 
@@ -217,7 +217,9 @@ class Stream:
             return 0
         if self.options.policy == "attention":
             until = self.now - self.options.margin
-            return next((i for i, word in enumerate(words) if word.end > until), len(words))
+            n = next((i for i, word in enumerate(words) if word.end > until), len(words))
+            # the last word may be a part of a longer one: more must be heard after it
+            return n - 1 if words and n == len(words) and words[-1].end > until - self.options.margin else n
         same = [a.word == b.word for a, b in zip(words, before)]
         return same.index(False) if False in same else len(same)
 

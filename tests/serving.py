@@ -7,15 +7,27 @@ import io
 import threading
 import time
 import wave
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import uvicorn
 
-from dawhisper.engine import Engine
+from dawhisper.engine import Clip, Engine
 from dawhisper.model import Whisper
 from dawhisper.server import ServerOptions, create_app
+
+
+class Brief(Engine):
+    """For random models, which are unsure of everything and would talk on: a few tokens, decoded once."""
+
+    def submit(self, work: Clip | Callable[[], Any]) -> Future[Any]:
+        if isinstance(work, Clip):
+            decoding = replace(work.options.decoding, sample_len=6, without_timestamps=True)
+            work.options = replace(work.options, temperature=0.0, no_speech_threshold=None, decoding=decoding)
+        return super().submit(work)
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(models: dict[str, Whisper], **options: object) -> Iterator[Running]:
+def running(models: dict[str, Whisper], brief: bool = True, **options: object) -> Iterator[Running]:
     made = ServerOptions(**options)  # type: ignore[arg-type]
-    engine = Engine(models, made.batch_size, made.max_queue)
+    engine = (Brief if brief else Engine)(models, made.batch_size, made.max_queue)
     config = uvicorn.Config(create_app(engine, made), port=0, log_level="error", timeout_graceful_shutdown=20)
     server = uvicorn.Server(config)
     socket = config.bind_socket()

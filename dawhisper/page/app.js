@@ -73,6 +73,10 @@ class Result {
     new ResizeObserver(() => this.draw()).observe(this.canvas);
   }
 
+  removeIfEmpty() {
+    if (!this.element.querySelector(".final").textContent) this.element.remove();
+  }
+
   addText(text) {
     this.element.querySelector(".final").append(text);
   }
@@ -193,7 +197,8 @@ async function transcribeFile(file) {
   drawWaveform(file, results);
   const outcomes = await Promise.allSettled(results.map((result) => transcribeWith(file, result)));
   const failed = outcomes.find((o) => o.status === "rejected");
-  if (failed) fail(`${file.name}: ${failed.reason.message}`);
+  if (failed) fail(failed.reason.message);
+  for (const result of results) result.removeIfEmpty();
   say(failed ? "" : "Done.");
   setBusy(false);
 }
@@ -317,6 +322,7 @@ function closeRecording() {
   live.sound.getTracks().forEach((track) => track.stop());
   live.context.close();
   say($("error").hidden ? "Done." : "");
+  live.result.removeIfEmpty();
   live = null;
   setBusy(false);
   $("record").setAttribute("aria-pressed", "false");
