@@ -664,6 +664,7 @@ def serve(options: ServerOptions) -> None:
     except SystemExit:
         engine.close()
         raise OptionError(f"can't listen on {options.host}:{options.port}; is the port in use? Try --port") from None
+    sockets[0].listen()  # who reads the next line may connect
     host, port = sockets[0].getsockname()[:2]
     print(f"dawhisper serves {', '.join(models)} at http://{host}:{port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
