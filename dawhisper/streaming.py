@@ -281,7 +281,7 @@ class Stream:
             return self._give_up()
         last = ends[-1] if ends else max(after, key=lambda i: self.final[i + 1].start - self.final[i].end)
         if not ends and len(self.buffer) > 1.2 * self.options.longest * SAMPLE_RATE:
-            last = max(last, len(self.final) // 2)
+            last = max(last, (len(self.final) - 1) // 2)
         before, behind = self.final[last], self.final[last + 1]
         self._remember(self.final[: last + 1])
         self.final = self.final[last + 1 :]
