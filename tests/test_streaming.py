@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import pytest
 from peer import pair, talkative, trained
@@ -49,8 +48,8 @@ def tiny_en(tiny_en_path: Path) -> dawhisper.Whisper:
 @pytest.mark.parametrize("policy", ["attention", "agreement"])
 def test_no_word_is_lost_or_said_twice(tiny_en: dawhisper.Whisper, speech: np.ndarray, policy: str) -> None:
     update = listen(tiny_en, speech, language="en", policy=policy, step=2.0, longest=8.0)
-    offline = tiny_en.transcribe(speech, language="en").text  # type: ignore[operator]
-    assert jiwer.wer(words_in(offline), words_in(text_of(update.words))) < 0.1
+    once = "modern printers .{10,20} but it is only practiced in the very best establishments"
+    assert re.fullmatch(f"{once} {once}", words_in(text_of(update.words)))  # how it hears the middle varies
     assert update.end_of_turn
     assert "".join(s.text for s in update.segments) == text_of(update.words)
     starts = [word.start for word in update.words]
