@@ -35,6 +35,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from whisper.tokenizer import LANGUAGES
 from whisper.utils import WriteSRT, WriteVTT
@@ -555,6 +556,8 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
                 return as_api_error(error).response()
             except HTTPException as error:
                 return ApiError(error.status_code, str(error.detail), "file").response()
+            except ClientDisconnect:  # nobody reads the answer
+                return Response(status_code=499)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
