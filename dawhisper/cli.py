@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser, _bench_parser):
+    for add in (_transcribe_parser, _stream_parser, _serve_parser, _prepare_parser, _evaluate_parser, _bench_parser):
         add(commands)
     args = vars(parser.parse_args(argv))
     run: Callable[..., int] = args.pop("run")
@@ -160,6 +161,96 @@ def _transcribe(
         options=options,
         report=fail,
     )
+
+
+# --------------------------------------------------------------------------------------------------------- stream
+
+
+def _stream_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "stream",
+        help="turn live audio into text",
+        description="Hears the microphone, or s16le 16 kHz mono samples on standard input, and prints text as soon as "
+        "it is final. Ctrl-C ends it.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_stream)
+    add = p.add_argument
+    add("--input", dest="source", default="mic", help="mic, or - for standard input")
+    add("--input_device", help="which microphone: number or name; the system's by default")
+    add("--model", dest="model_name", default="base", help="name of a model, or the path of a checkpoint")
+    add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--threads", type=int, default=0, help="CPU threads; 0 lets torch choose")
+    add("--json", dest="as_json", action="store_true", help="a JSON object for each update: words, segments")
+    add("--language", help="language spoken, by code or English name; found out by default")
+    add("--task", default="transcribe", choices=["transcribe", "translate"], help="translate means into English")
+    add("--initial_prompt", help="text before the first word: names, spelling, style")
+    add("--policy", default="attention", choices=["attention", "agreement"], help="when a word is final")
+    add("--step", type=float, default=1.0, help="seconds of new audio between two decodings")
+    add("--margin", type=float, default=0.5, help="of the policy attention: seconds that must follow a final word")
+    add("--silence", type=float, default=0.8, help="seconds of pause that end a turn")
+    add("--longest", type=float, default=15.0, help="seconds of audio that are decoded again")
+
+
+def _stream(
+    source: str,
+    input_device: str | None,
+    model_name: str,
+    device: str | None,
+    threads: int,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    from .streaming import StreamOptions, stream
+
+    stream(
+        model_name,
+        source=source,
+        input_device=input_device,
+        device=device,
+        threads=threads,
+        as_json=as_json,
+        options=StreamOptions(**options),
+    )
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- serve
+
+
+def _serve_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "serve",
+        help="OpenAI's audio API, live audio and a page to try them",
+        description="Serves /v1/audio/transcriptions and /v1/audio/translations as OpenAI does, live audio on the "
+        "WebSocket /v1/audio/live, a page on /, /health and /metrics. SIGTERM or Ctrl-C finishes what runs.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_serve)
+    add = p.add_argument
+    add("--model", dest="models", action="append", help="name, path or NAME=PATH; once for each model; base by default")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs --api_key to be safe")
+    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--threads", type=int, default=0, help="CPU threads; 0 lets torch choose")
+    add("--api_key", help="what clients must send; $DAWHISPER_API_KEY by default, which other users can't see")
+    add("--batch_size", type=int, default=8, help="short clips of different requests decoded together")
+    add("--max_queue", type=int, default=64, help="requests waiting or running; more are refused with 429")
+    add("--max_live", type=int, default=4, help="live streams at once")
+    add("--max_upload", type=float, default=100.0, help="MB of a request; more is refused with 413")
+    add("--max_audio", type=float, default=7200.0, help="seconds of a recording")
+    add("--timeout", type=float, default=600.0, help="seconds of a request")
+
+
+def _serve(models: list[str] | None, api_key: str | None, **options: Any) -> int:
+    try:
+        from .server import ServerOptions, serve
+    except ModuleNotFoundError as e:
+        raise OptionError(f"serve needs {e.name}, which is not installed: pip install 'dawhisper[serve]'") from e
+
+    key = api_key or os.environ.get("DAWHISPER_API_KEY") or None
+    serve(ServerOptions(tuple(models or ["base"]), api_key=key, **options))
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------- prepare

@@ -90,6 +90,19 @@ def find_alignment(
     ]
 
 
+@torch.no_grad()
+def token_gates(model: Whisper, tokenizer: Tokenizer, text_tokens: list[int], features: AudioFeatures) -> list[float]:
+    """The primary branch's share in predicting each text token, mean over the layers; [] without second branch."""
+    if model.dual is None or not text_tokens:
+        return []
+    n_start = len(tokenizer.sot_sequence)  # <|notimestamps|> stands there and predicts the first text token
+    tokens = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *text_tokens]
+    trace = Trace()
+    model.decoder(torch.tensor([tokens], device=model.device), features, trace=trace)
+    gates = torch.stack(list(trace.gate.values())).float().mean(dim=(0, 1))
+    return gates[n_start : n_start + len(text_tokens)].tolist()
+
+
 def add_word_times(
     segments: list[TimedText],
     model: Whisper,

@@ -1,0 +1,121 @@
+"""The server under load, on 127.0.0.1: concurrent clips, malformed requests, slow clients, a kill and a restart.
+
+    python benchmarks/server_load.py tiny.en.pt MANIFEST --clips 64 --malformed 1000
+
+Every clip is transcribed by its own request, all at once, and its text must be that of the clip alone (`transcribe`);
+the resident memory and open files of the server are read before and after the malformed requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+import dawhisper
+
+PATH = "/v1/audio/transcriptions"
+
+
+def start(model: str, clips: int) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "dawhisper", "serve", "--model", model, "--port", "0", "--max_queue", str(clips)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    return process, process.stdout.readline().split()[-1]
+
+
+def post(url: str, clip: Path) -> httpx.Response:
+    with clip.open("rb") as f:
+        return httpx.post(url + PATH, files={"file": f}, data={"language": "en"}, timeout=600)
+
+
+def usage(pid: int) -> tuple[float, int]:
+    """Resident MB and open files."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+    return resident / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def malformed(rng: random.Random, whole: bytes) -> tuple[bytes, dict[str, str]]:
+    name = rng.choice(["a.wav", "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "", "x" * 3000, "\u202e.wav"])
+    content = rng.choice([b"", rng.randbytes(2000), whole[: rng.randrange(200)], b"#EXTM3U\nfile:///etc/passwd\n"])
+    field = rng.choice(["file", "files", "model", "prompt"])
+    part = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode() + content
+    body = rng.choice(
+        [part + b"\r\n--x--\r\n", part, part[: rng.randrange(len(part))], b"{}", b"", rng.randbytes(9000)]
+    )
+    kind = rng.choice(["multipart/form-data; boundary=x"] * 4 + ["multipart/form-data", "application/json", ""])
+    return body, {"content-type": kind}
+
+
+def leave_half_way(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n")
+        raw.sendall(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--malformed", type=int, default=1000)
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.manifest.read_text().splitlines()[: min(args.clips, 256)]]
+    clips = [args.manifest.parent / line["audio"] for line in lines]
+    model = dawhisper.load_model(args.model, device="cpu")
+    began = time.perf_counter()
+    expected = [model.transcribe(str(clip), language="en").text.strip() for clip in clips]
+    print(f"{len(clips)} clips one after the other: {time.perf_counter() - began:.1f} s", flush=True)
+
+    process, url = start(args.model, len(clips))
+    try:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(len(clips)) as pool:
+            answers = list(pool.map(lambda clip: post(url, clip), clips))
+        took = time.perf_counter() - began
+        good = [a.status_code == 200 for a in answers]
+        same = [a.is_success and a.json()["text"] == text for a, text in zip(answers, expected)]
+        print(f"at once through the server: {took:.1f} s, {sum(good)} answered, {sum(same)} with the same text")
+
+        rng, whole = random.Random(0), clips[0].read_bytes()
+        statuses: dict[int, int] = {}
+        before = usage(process.pid)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for i in range(min(args.malformed, 10_000)):
+                if i % 20 == 0:
+                    leave_half_way(url)
+                body, headers = malformed(rng, whole)
+                status = client.post(PATH, content=body, headers=headers).status_code
+                statuses[status] = statuses.get(status, 0) + 1
+        time.sleep(1)
+        after = usage(process.pid)
+        print(f"{args.malformed} malformed requests: statuses {statuses}")
+        print(f"memory {before[0]:.0f} -> {after[0]:.0f} MB, open files {before[1]} -> {after[1]}")
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(post, url, clips[0])
+            time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait(30)
+            print(f"killed during work: the client gets {type(running.exception(60)).__name__}")
+        process, url = start(args.model, len(clips))
+        print(f"started again: {post(url, clips[0]).json()['text'] == expected[0]}")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+if __name__ == "__main__":
+    main()
