@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser):
+    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser, _visualize_parser):
         add(commands)
     args = vars(parser.parse_args(argv))
     run: Callable[..., int] = args.pop("run")
@@ -260,4 +260,39 @@ def _evaluate(**options: Any) -> int:
         raise OptionError(f"evaluate needs {e.name}, which is not installed: pip install 'dawhisper[train]'") from e
 
     run(EvaluateOptions(**options))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ visualize
+
+
+def _visualize_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "visualize",
+        help="show what a model hears and where it listens",
+        description="Writes one picture (HTML that can be zoomed, PNG) and its data (JSON): spectrogram, words, "
+        "both attention maps and the gate. With --clean or --noise, clean and noisy side by side.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_visualize)
+    add = p.add_argument
+    add("audio", metavar="AUDIO", help="audio or video file; up to 30 s of it are shown")
+    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--clean", metavar="FILE", help="the same recording without its noise: shows both, and where the noise was")
+    add("--noise", metavar="FILE", help="a recording of noise to mix into AUDIO: shows it without and with the noise")
+    add("--snr", type=float, default=0.0, metavar="DB", help="of that mixture")
+    add("--start", type=float, default=0.0, metavar="SECONDS", help="where to begin")
+    add("--text", help="what the model is made to write; by default what it hears")
+    add("--language", type=optional(str), help="language spoken, by code or English name; None detects it")
+    add("--layers", type=int, nargs="+", metavar="N", help="decoder layers whose attention is averaged; the upper half")
+    add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--output_dir", "-o", default=".", help="folder for the outputs")
+    add("--output_format", "-f", default="all", choices=["html", "json", "png", "all"])
+
+
+def _visualize(**options: Any) -> int:
+    from .visualize import VisualizeOptions, visualize
+
+    for path in visualize(VisualizeOptions(**options)):
+        print(path)
     return 0
