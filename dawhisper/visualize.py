@@ -7,6 +7,7 @@ W words, T encoder positions of 20 ms, L decoder layers.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,7 +23,7 @@ from whisper.tokenizer import Tokenizer
 
 from .audio import load_audio, log_mel_spectrogram, pad_or_trim
 from .checkpoint import load_model
-from .decoding import DecodingOptions, decode_windows, model_tokenizer
+from .decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
 from .errors import AudioError, OptionError
 from .losses import noise_dominance
 from .model import AudioFeatures, Trace, Whisper
@@ -148,8 +149,9 @@ def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> tuple[np.ndarray, 
         raise OptionError(f"--noise needs {e.name}, which is not installed: pip install 'dawhisper[train]'") from e
     if not noise.any():
         raise AudioError("the recording of noise is silent; give another one")
-    pair = (torch.from_numpy(x)[None] for x in (speech, np.resize(noise, len(speech))))
-    mixed, scaled = add_noise(*pair, torch.tensor([snr]), torch.tensor([len(speech)]))
+    looped = torch.from_numpy(np.resize(noise, len(speech)))[None]
+    lengths = torch.tensor([len(speech)])
+    mixed, scaled = add_noise(torch.from_numpy(speech)[None], looped, torch.tensor([snr]), lengths)
     return mixed[0].numpy(), scaled[0].numpy()
 
 
@@ -168,16 +170,12 @@ def n_positions(n_samples: int) -> int:
 
 
 @torch.no_grad()
-def look(
-    model: Whisper, audio: np.ndarray, title: str, options: VisualizeOptions, noise: Tensor | None = None
-) -> View:
+def look(model: Whisper, audio: np.ndarray, title: str, options: VisualizeOptions, noise: Tensor | None = None) -> View:
     """Hear up to 30 s of samples [n] and record what the decoder attended to; AudioError where no word is heard."""
     mel = log_mel_spectrogram(pad_or_trim(audio, N_SAMPLES), model.dims.n_mels, device=model.device)
     features = model.encode(mel[None].to(model.dtype))
-    heard = decode_windows(model, features, DecodingOptions(language=options.language, without_timestamps=True))[0]
-    tokenizer = model_tokenizer(model, heard.language, "transcribe")
-    tokens = heard.tokens if options.text is None else tokenizer.encode(" " + options.text.strip())
-    tokens = tokens[: model.dims.n_text_ctx // 2]
+    language, tokens = hear(model, features, options)
+    tokenizer = model_tokenizer(model, language, "transcribe")
     positions = n_positions(len(audio))
     words, rows = spoken_words(model, tokenizer, tokens, features, positions)
     if not words:
@@ -187,7 +185,7 @@ def look(
     return View(
         title=title,
         text=tokenizer.decode(tokens).strip(),
-        language=heard.language,
+        language=language,
         seconds=len(audio) / SAMPLE_RATE,
         spectrogram=mel[:, : 2 * positions].cpu(),
         words=words,
@@ -196,6 +194,19 @@ def look(
         gate=by_word(torch.stack([trace.gate[i][0] for i in sorted(trace.gate)], dim=1), rows) if model.dual else None,
         noise=noise,
     )
+
+
+def hear(model: Whisper, features: AudioFeatures, options: VisualizeOptions) -> tuple[str, list[int]]:
+    """The language and the text tokens: those heard greedily, or those of the text that is given."""
+    if options.text is None:
+        wanted = DecodingOptions(language=options.language, without_timestamps=True)
+        [heard] = decode_windows(model, features, wanted)
+        return heard.language, heard.tokens
+    language = language_code(options.language or "en")
+    if options.language is None and model.is_multilingual:
+        language = decode_windows(model, features, DecodingOptions(task="lang_id"))[0].language
+    tokens = model_tokenizer(model, language, "transcribe").encode(" " + options.text.strip())
+    return language, tokens[: model.dims.n_text_ctx // 2]
 
 
 def spoken_words(
@@ -336,14 +347,14 @@ def draw(views: Sequence[View], model: str) -> Any:
     figure.suptitle(f"What {model} hears, and where it listens", fontsize=15, fontweight="bold")
     panels = figure.subplots(len(heights), len(views), squeeze=False, height_ratios=heights)
     for column, view in zip(panels.T, views):
-        _draw_view(view, column, figure)
+        _draw_view(view, column, figure, strip=any(v.noise is not None for v in views))
     return figure
 
 
-def _draw_view(view: View, panels: Sequence[Any], figure: Any) -> None:
+def _draw_view(view: View, panels: Sequence[Any], figure: Any, strip: bool) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    _draw_spectrogram(view, panels[0])
+    _draw_spectrogram(view, panels[0], strip)
     blues, oranges, fade = (
         LinearSegmentedColormap.from_list(name, colours)
         for name, colours in (
@@ -354,6 +365,8 @@ def _draw_view(view: View, panels: Sequence[Any], figure: Any) -> None:
     )
     kind = "speech branch (primary attention)" if view.gate is not None else "cross-attention"
     _draw_attention(view, view.primary, panels[1], f"Where the {kind} listens while each word is written", blues)
+    panels[1].plot([], [], color="black", linewidth=1.2, label="where the word was spoken")
+    panels[1].legend(loc="upper right", fontsize=8, framealpha=0.8)
     if view.secondary is not None and view.gate is not None:
         title = "Where the noise branch (secondary attention) listens"
         _draw_attention(view, view.secondary, panels[2], title, oranges)
@@ -367,42 +380,43 @@ def _draw_view(view: View, panels: Sequence[Any], figure: Any) -> None:
     panels[-1].set_xlabel("seconds")
 
 
-def _draw_spectrogram(view: View, axes: Any) -> None:
-    extent = (0, view.spectrogram.shape[1] / FRAMES_PER_SECOND, 0, len(view.spectrogram))
-    axes.imshow(view.spectrogram, origin="lower", aspect="auto", extent=extent, cmap="magma")
-    axes.set_ylabel("mel band\n(low to high pitch)")
-    title = "\n".join([view.title, f"heard ({view.language}): “{_shortened(view.text)}”"])
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=8)
+def _draw_spectrogram(view: View, axes: Any, strip: bool) -> None:
+    """The spectrogram under its words; `strip` leaves room below it for where the noise truly was."""
+    bands = len(view.spectrogram)
+    extent = (0, view.spectrogram.shape[1] / FRAMES_PER_SECOND, 0, bands)
+    axes.imshow(view.spectrogram.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma")
+    lines = textwrap.wrap(f"heard ({view.language}): “{view.text}”", 80)
+    lines = lines if len(lines) <= 3 else [*lines[:2], lines[2] + " …"]
+    axes.set_title("\n".join([f"{view.title}", *lines]), loc="left", fontsize=11, pad=8)
     words = axes.secondary_xaxis("top")
     words.set_xticks([(w.start + w.end) / 2 for w in view.words], [w.word for w in view.words])
     words.tick_params(rotation=55, labelsize=9, length=2)
     for label in words.get_xticklabels():
         label.set(ha="left", rotation_mode="anchor")
-    if view.noise is not None:
-        strip = (view.noise > 0.5)[None].float()
-        _ = axes.contourf(
-            (torch.arange(strip.shape[1]) + 0.5) / TOKENS_PER_SECOND,
-            [-9, -3],
-            strip.expand(2, -1),
-            levels=[0.5, 1.5],
-            colors=[NOISE],
-        )
-        axes.set_ylim(-10, len(view.spectrogram))
-        axes.text(0.005, 0.02, "orange: noise is louder than speech", transform=axes.transAxes, fontsize=8, va="bottom")
+    ticks = {0: "low pitch", bands: "high pitch"}
+    if strip:
+        axes.set_ylim(-0.15 * bands, bands)
+        louder = view.noise > 0.5 if view.noise is not None else torch.zeros(1, dtype=torch.bool)
+        for position in louder.nonzero().flatten().tolist():
+            start = position / TOKENS_PER_SECOND
+            axes.axvspan(start, start + 1 / TOKENS_PER_SECOND, 0.02, 0.1, color=NOISE, linewidth=0)
+        ticks[-round(0.1 * bands)] = "noise is louder\nthan speech" if view.noise is not None else "no noise"
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
 
 
 def _draw_attention(view: View, attention: Tensor, axes: Any, title: str, colours: Any) -> None:
     """Each row to its own largest value, so that faint words are seen as well."""
     shown = attention / attention.amax(dim=1, keepdim=True)
     extent = (0, attention.shape[1] / TOKENS_PER_SECOND, len(attention), 0)
-    axes.imshow(shown, aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(shown.numpy(), aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
     for row, word in enumerate(view.words):  # where the word was spoken
         axes.plot([word.start, word.end], [row + 1, row + 1], color="black", linewidth=1.2, solid_capstyle="butt")
     if len(view.words) <= MANY_WORDS:
         axes.set_yticks(np.arange(len(view.words)) + 0.5, [w.word for w in view.words], fontsize=8)
     axes.set_ylabel("word being written")
     if view.noise is not None:
-        title += f" — {100 * view.on_noise(attention):.0f}% on noise"
+        shares = 100 * view.on_noise(attention), 100 * float((view.noise > 0.5).float().mean())
+        title += ": {:.0f}% of it on noise (which is louder {:.0f}% of the time)".format(*shares)
     axes.set_title(title, loc="left", fontsize=10)
 
 
@@ -412,13 +426,13 @@ def _draw_gate(view: View, gate: Tensor, axes: Any, colours: Any) -> Any:
     for column, word in zip(gate, view.words):
         extent = (word.start, max(word.end, word.start + 0.02), -0.5, layers - 0.5)
         image = axes.imshow(
-            column[:, None], origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1
+            column[:, None].numpy(), origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1
         )
     axes.set(ylim=(-0.5, layers - 0.5), ylabel="decoder layer", facecolor="#dddddd")
     axes.set_yticks(range(0, layers, max(1, layers // 6)))
-    axes.set_title(f"Gate: which branch each word trusts, by layer (mean {float(gate.mean()):.2f})", loc="left", fontsize=10)
+    axes.set_title(
+        f"Gate: which branch each word trusts, by layer (mean {float(gate.mean()):.2f}; grey: no word)",
+        loc="left",
+        fontsize=10,
+    )
     return image
-
-
-def _shortened(text: str, limit: int = 110) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
