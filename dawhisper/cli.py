@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser, _visualize_parser):
+    for add in (_transcribe_parser, _prepare_parser, _evaluate_parser, _visualize_parser, _export_parser):
         add(commands)
     args = vars(parser.parse_args(argv))
     run: Callable[..., int] = args.pop("run")
@@ -295,4 +295,31 @@ def _visualize(**options: Any) -> int:
 
     for path in visualize(VisualizeOptions(**options)):
         print(path)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+
+def _export_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a model as ONNX or torch.export graphs",
+        description="Writes encoder and decoder (with its cache as input and output) for other runtimes. A folder of "
+        "ONNX graphs is a model for the other commands too: --model DIR.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_export)
+    add = p.add_argument
+    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--out", required=True, metavar="DIR", help="folder for the graphs and config.json")
+    add("--format", default="onnx", choices=["onnx", "torch"])
+    add("--dtype", default="fp32", choices=["fp32", "fp16", "int8"], help="of the weights; int8 for ONNX only")
+    add("--check", nargs="+", default=(), metavar="FILE", help="recordings to compare the tokens with PyTorch's on")
+
+
+def _export(**options: Any) -> int:
+    from .export import ExportOptions, run
+
+    print(run(ExportOptions(**options)))
     return 0
