@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .audio import load_audio, log_mel_spectrogram, pad_or_trim
-from .checkpoint import load_model
+from .checkpoint import load_model, quantize_rows
 from .decoding import DecodingOptions, decode_windows
 from .errors import CheckpointError, OptionError
 from .model import AudioFeatures, CrossMemory, DualOptions, ModelDimensions, Trace, Whisper, merge
@@ -80,7 +80,7 @@ def run(options: ExportOptions) -> str:
 def export(model: Whisper, out: Path, format: str = "onnx", dtype: str = "fp32") -> None:
     """Write encoder and decoder into the folder. OptionError where a package for it is missing."""
     made = _copy(model, torch.float16 if dtype == "fp16" else torch.float32)
-    for name, program in programs(made).items():
+    for name, program in programs(made, dtype == "int8").items():
         if format == "torch":
             torch.export.save(program, out / f"{name}.pt2")
         else:
@@ -117,12 +117,31 @@ class EncoderGraph(nn.Module):
         return [x for memory in memories for x in (memory.key, memory.value)]
 
 
-class DecoderGraph(nn.Module):
-    """Tokens after those in `past` -> logits, and the new tokens' keys and values."""
+class Int8Embedding(nn.Module):
+    """Token embedding with a scale for each row; onnxruntime's own quantisation has one scale for all of them."""
 
-    def __init__(self, model: Whisper):
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        values, scale = quantize_rows(weight.float())
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale.float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.values[tokens].float() * self.scale[tokens][..., None]  # type: ignore[index]
+
+
+class DecoderGraph(nn.Module):
+    """Tokens after those in `past` -> logits, and the new tokens' keys and values.
+
+    int8: embedding and output layer, which are one tensor, are kept apart: each can then be quantised in its own way.
+    """
+
+    def __init__(self, model: Whisper, int8: bool = False):
         super().__init__()
         self.decoder = model.decoder
+        weight = model.decoder.token_embedding.weight.detach()
+        self.embedding = Int8Embedding(weight) if int8 else model.decoder.token_embedding
+        self.output = nn.Parameter(weight.T.contiguous(), requires_grad=False) if int8 else None
 
     def forward(self, tokens: Tensor, past: Tensor, *cross: Tensor) -> tuple[Tensor, Tensor]:
         decoder = self.decoder
@@ -130,13 +149,14 @@ class DecoderGraph(nn.Module):
         length, n = past.shape[-2], tokens.shape[2]
         position = torch.arange(length, length + n)
         seen = torch.arange(length + n)[None] <= position[:, None]
-        x = decoder.token_embedding(tokens.flatten(0, 1)) + decoder.positional_embedding[position]
+        x = self.embedding(tokens.flatten(0, 1)) + decoder.positional_embedding[position]
         new = []
         for layer, (block, states) in enumerate(zip(decoder.blocks, past.flatten(2, 3))):
             key, value = block.attn.key_value(block.attn_ln(x))  # type: ignore[operator, union-attr]
             new.append(torch.stack([key, value]))
             x = self._block(block, x, torch.cat([states, new[-1]], dim=3), seen, self._memory(layer, cross), layer)
-        logits = (decoder.ln(x) @ decoder.token_embedding.weight.T).float()
+        output = decoder.token_embedding.weight.T if self.output is None else self.output
+        logits = (decoder.ln(x) @ output).float()
         return logits.unflatten(0, groups), torch.stack(new).unflatten(2, groups)
 
     def _memory(self, layer: int, cross: Sequence[Tensor]) -> CrossMemory:
@@ -155,8 +175,11 @@ class DecoderGraph(nn.Module):
 
 
 @torch.no_grad()
-def programs(model: Whisper) -> dict[str, ExportedProgram]:
-    """torch.export's programs of encoder and decoder, traced on small inputs with every size free."""
+def programs(model: Whisper, int8: bool = False) -> dict[str, ExportedProgram]:
+    """torch.export's programs of encoder and decoder, traced on small inputs with every size free.
+
+    int8: made to be quantised by `write_onnx`.
+    """
     dims, dtype = model.dims, model.dtype
     batch, group, n, past, half, positions = (
         Dim(name) for name in ("batch", "group", "n", "past", "half", "positions")
@@ -172,7 +195,7 @@ def programs(model: Whisper) -> dict[str, ExportedProgram]:
         EncoderGraph(model), (mel,), dynamic_shapes={"mel": {0: batch, 2: 2 * half}}, strict=True
     )
     decoder = torch.export.export(
-        DecoderGraph(model),
+        DecoderGraph(model, int8),
         (tokens, states, *cross),
         dynamic_shapes={"tokens": {0: batch, 1: group, 2: n}, "past": {2: batch, 3: group, 5: past}, "cross": every},
         strict=True,
@@ -217,7 +240,7 @@ def write_onnx(program: ExportedProgram, path: Path, int8: bool = False) -> None
         quantize_dynamic(
             whole,
             path,
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            op_types_to_quantize=["MatMul"],
             per_channel=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=large,
