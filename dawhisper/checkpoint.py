@@ -122,7 +122,10 @@ def load_model(
     if (path / "encoder.onnx").is_file():
         from .export import load_onnx  # needs onnxruntime
 
-        return load_onnx(path)
+        exported = load_onnx(path)
+        if dual not in (None, exported.dual):
+            raise CheckpointError(f"{path}: graphs can't be given another second branch; export the model that has it")
+        return exported
     stored = _read(path)
     model = _build(stored, chosen, kind)
     if heads is not None:
