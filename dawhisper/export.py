@@ -17,6 +17,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -223,28 +224,35 @@ def write_onnx(program: ExportedProgram, path: Path, int8: bool = False) -> None
         "decoder": (["tokens", "past", *cross_names(n_layer)], ["logits", "new"]),
     }
     inputs, outputs = names[path.stem]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own parts to one another
+    large = sum(x.numel() * x.element_size() for x in program.state_dict.values()) > LARGE
+    with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False
         )
-    assert made is not None
-    large = sum(x.numel() * x.element_size() for x in program.state_dict.values()) > LARGE
-    if not int8:
-        made.save(path, external_data=large)
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
+        assert made is not None
+        whole = Path(folder) / path.name if int8 else path
         made.save(whole, external_data=large)
-        quantize_dynamic(
-            whole,
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=large,
-        )
+        if int8:
+            quantize_dynamic(
+                whole,
+                path,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=large,
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter's parts remark to one another."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def load_onnx(folder: Path) -> Whisper:

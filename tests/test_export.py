@@ -74,7 +74,7 @@ def test_other_models(dual_options: DualOptions | None, tmp_path: Path) -> None:
 def test_int8_is_near_and_small(dual: Whisper, exported: Path, tmp_path: Path) -> None:
     export(dual, tmp_path, dtype="int8")
     sizes = [sum(f.stat().st_size for f in folder.glob("*.onnx")) for folder in (tmp_path, exported)]
-    assert sizes[0] < 0.5 * sizes[1]  # the embedding is there twice, for input and output
+    assert sizes[0] < 0.6 * sizes[1]  # the embedding, most of this model, is there twice
     mel, tokens = torch.randn(1, 80, 200), torch.randint(0, 50000, (1, 12))
     with torch.no_grad():
         exact, rough = (
