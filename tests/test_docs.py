@@ -23,7 +23,13 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RUN = ("README.md", "transcribe.md", "adapt.md")
 SMALL = [
     *("device=cpu", "loop.steps=1", "loop.compile=off", "data.batch_size=1", "data.workers=0", "optim.warmup=1"),
-    *("evaluate.clips=1", "evaluate.per_clip=1", "evaluate.max_tokens=4", "objective.encoder=0"),
+    *(
+        "evaluate.kinds=white",
+        "evaluate.clips=1",
+        "evaluate.per_clip=1",
+        "evaluate.max_tokens=4",
+        "objective.encoder=0",
+    ),
 ]
 
 
