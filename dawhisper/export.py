@@ -269,6 +269,7 @@ def load_onnx(folder: Path) -> Whisper:
         model = Whisper(dims, dual, variable)
     model.encoder = OnnxEncoder(_session(folder / "encoder.onnx"), dual)  # type: ignore[assignment]
     model.decoder = OnnxDecoder(_session(folder / "decoder.onnx"), dims, dtype)  # type: ignore[assignment]
+    model.alignment_heads = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)  # no attention to read
     return model.eval()
 
 
