@@ -99,7 +99,8 @@ def load_model(
     Parameters
     ----------
     name_or_path: one of `available_models()`, which is downloaded from OpenAI once; or an OpenAI .pt file, a Hugging
-        Face Whisper folder (config.json and weights), or a dawhisper .safetensors file
+        Face Whisper folder (config.json and weights), a dawhisper .safetensors file, or a folder of ONNX graphs that
+        `dawhisper export` made, which run on onnxruntime on the CPU
     device: None = cuda if there is one, else mps, else cpu
     dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights; None = fp16 on cuda, fp32 elsewhere. "int8", for
         x86 CPUs, has linear layers in int8 and the rest in fp32: the fastest there, for inference alone
@@ -122,6 +123,13 @@ def load_model(
         path, heads = _downloaded(name, download_root), _alignment_table()[name]
     else:
         path, heads = _existing(name), None
+    if (path / "encoder.onnx").is_file():
+        from .export import load_onnx  # needs onnxruntime
+
+        exported = load_onnx(path)
+        if dual not in (None, exported.dual):
+            raise CheckpointError(f"{path}: graphs can't be given another second branch; export the model that has it")
+        return exported
     stored = _read(path)
     model = _build(stored, chosen, kind)
     if heads is not None:

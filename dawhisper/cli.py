@@ -20,7 +20,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_transcribe_parser, _stream_parser, _serve_parser, _prepare_parser, _evaluate_parser, _bench_parser):
+    for add in (
+        _transcribe_parser,
+        _stream_parser,
+        _serve_parser,
+        _prepare_parser,
+        _evaluate_parser,
+        _bench_parser,
+        _visualize_parser,
+        _export_parser,
+        _quantize_parser,
+    ):
         add(commands)
     args = vars(parser.parse_args(argv))
     run: Callable[..., int] = args.pop("run")
@@ -402,4 +412,98 @@ def _bench(**options: Any) -> int:
         raise OptionError(f"bench needs {e.name}, which is not installed: pip install 'dawhisper[bench]'") from e
 
     bench(BenchOptions(**options))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ visualize
+
+
+def _visualize_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "visualize",
+        help="show what a model hears and where it listens",
+        description="Writes one picture (HTML that can be zoomed, PNG) and its data (JSON): spectrogram, words, "
+        "both attention maps and the gate. With --clean or --noise, clean and noisy side by side.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_visualize)
+    add = p.add_argument
+    add("audio", metavar="AUDIO", help="audio or video file; up to 30 s of it are shown")
+    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--clean", metavar="FILE", help="the same recording without its noise: shows both, and where the noise was")
+    add("--noise", metavar="FILE", help="a recording of noise to mix into AUDIO: shows it without and with the noise")
+    add("--snr", type=float, default=0.0, metavar="DB", help="of that mixture")
+    add("--start", type=float, default=0.0, metavar="SECONDS", help="where to begin")
+    add("--text", help="what the model is made to write; by default what it hears")
+    add("--language", type=optional(str), help="language spoken, by code or English name; None detects it")
+    add("--layers", type=int, nargs="+", metavar="N", help="decoder layers whose attention is averaged; the upper half")
+    add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--output_dir", "-o", default=".", help="folder for the outputs")
+    add("--output_format", "-f", default="all", choices=["html", "json", "png", "all"])
+
+
+def _visualize(**options: Any) -> int:
+    from .visualize import VisualizeOptions, visualize
+
+    for path in visualize(VisualizeOptions(**options)):
+        print(path)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+
+def _export_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a model as ONNX or torch.export graphs",
+        description="Writes encoder and decoder (with its cache as input and output) for other runtimes. A folder of "
+        "ONNX graphs is a model for the other commands too: --model DIR.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_export)
+    add = p.add_argument
+    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--out", required=True, metavar="DIR", help="folder for the graphs and config.json")
+    add("--format", default="onnx", choices=["onnx", "torch"])
+    add("--dtype", default="fp32", choices=["fp32", "fp16", "int8"], help="of the weights; int8 for ONNX only")
+    add("--check", nargs="+", default=(), metavar="FILE", help="recordings to compare the tokens with PyTorch's on")
+
+
+def _export(**options: Any) -> int:
+    from .export import ExportOptions, run
+
+    print(run(ExportOptions(**options)))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- quantize
+
+
+def _quantize_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "quantize",
+        help="store a model in int8, and measure what that costs",
+        description="Writes the int8 file, a model for the other commands. With recordings, the relative error of "
+        "every layer; with a manifest, word errors before and after (as `dawhisper evaluate`), also of dynamic int8.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_quantize)
+    add = p.add_argument
+    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--out", required=True, metavar="FILE", help="the int8 file, .safetensors")
+    add("--audio", nargs="+", default=(), metavar="FILE", help="recordings to compare the layers' outputs on")
+    add(
+        "--manifest", dest="manifests", nargs="+", default=(), metavar="MANIFEST", help="JSON lines with audio and text"
+    )
+    add("--noise", nargs="+", default=(), metavar="DIR", help="recordings of noise, for the kind real")
+    add("--kinds", nargs="+", default=(), metavar="KIND", help="of noise, as of evaluate")
+    add("--snr", dest="snrs", nargs="+", type=float, default=(), metavar="DB", help="20 10 5 0 -5 by default")
+    add("--limit", type=int, metavar="N", help="only the first N utterances of each manifest")
+
+
+def _quantize(**options: Any) -> int:
+    from .quantize import QuantizeOptions, run
+
+    print(run(QuantizeOptions(**options)))
     return 0

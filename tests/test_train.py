@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import train
-from dawhisper.checkpoint import load_model, read_config
-from dawhisper.model import ModelDimensions, Whisper
+from dawhisper.checkpoint import load_model, read_config, save_model
+from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.student import Student, Teacher, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,6 +302,20 @@ def test_freezing_changes_only_the_rest(world: dict[str, Path], tmp_path: Path, 
     assert parts == {"encoder", "decoder"} - {"decoder" if part == "primary" else part for part in frozen}
     gate = state["model.decoder.blocks.0.gate.2.weight"]
     assert bool(gate.any()) == ("secondary" not in frozen)
+
+
+def test_the_distil_recipe_takes_a_dual_teacher(world: dict[str, Path], tmp_path: Path) -> None:
+    """configs/distil.yaml as it is, on a small dual model with base's number of layers."""
+    torch.manual_seed(1)
+    teacher = Whisper(ModelDimensions(80, 100, 32, 2, 2, 51865, 64, 32, 2, 6), DualOptions(init="random"))
+    save_model(teacher, tmp_path / "teacher.safetensors", dtype="fp32")
+    [_, *overrides] = arguments(world, tmp_path / "out", f"model.name={tmp_path / 'teacher.safetensors'}")
+    recipe = str(ROOT / "configs/distil.yaml")
+    assert train.main([recipe, *overrides, "loop.steps=2", f"data.dev={world['dev']}", "evaluate.every=2"]) == 0
+    assert len(curve(tmp_path / "out")) == 2
+    student = load_model(tmp_path / "out" / "last.safetensors", device="cpu")
+    assert student.dual == teacher.dual
+    assert (student.dims.n_audio_layer, student.dims.n_text_layer) == (2, 2)
 
 
 def test_distillation_to_fewer_layers(world: dict[str, Path], tmp_path: Path) -> None:
