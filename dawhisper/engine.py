@@ -21,11 +21,11 @@ from whisper.audio import N_FRAMES, N_SAMPLES
 
 from .audio import log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingResult, decode_windows, model_tokenizer
-from .model import AudioFeatures, Whisper
+from .model import Whisper
 from .timing import Word, token_gates
 from .transcribe import (
     Prompt,
-    Recording,
+    OpenRecording,
     Segment,
     TranscribeOptions,
     Transcription,
@@ -33,12 +33,10 @@ from .transcribe import (
     collect,
     encode_window,
     is_audible,
-    is_silence,
     iter_segments,
     needs_fallback,
     open_recording,
-    split_segments,
-    with_words,
+    split_window,
     without_empty,
 )
 
@@ -187,7 +185,7 @@ class Engine:
         recording = open_recording(model, clip.samples, clip.options)
 
         def told() -> Iterator[Segment]:
-            for segment in iter_segments(model, recording, clip.options):
+            for segment in iter_segments(model, recording, clip.options.speaking(recording.language)):
                 if clip.stopped.is_set():
                     raise Stopped
                 if clip.gates:
@@ -206,11 +204,11 @@ class Engine:
         return replace(result, segments=[gated(model, recording, segment) for segment in result.segments])
 
 
-def recorded(model: Whisper, samples: np.ndarray, language: str, options: TranscribeOptions) -> Recording:
-    """A Recording whose language is known."""
+def recorded(model: Whisper, samples: np.ndarray, language: str, options: TranscribeOptions) -> OpenRecording:
+    """A recording whose language is known."""
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
     tokenizer = model_tokenizer(model, language, options.decoding.task)
-    return Recording(mel, language, tokenizer, [(0, mel.shape[-1] - N_FRAMES)])
+    return OpenRecording(mel, language, tokenizer, [(0, mel.shape[-1] - N_FRAMES)])
 
 
 def transcribe_together(
@@ -231,28 +229,26 @@ def transcribe_together(
 
 
 def from_one_window(
-    model: Whisper, recording: Recording, result: DecodingResult, options: TranscribeOptions
+    model: Whisper, recording: OpenRecording, result: DecodingResult, options: TranscribeOptions
 ) -> Transcription | None:
     """The clip's transcription where this result is all there is to it."""
     tokenizer = model_tokenizer(model, result.language, options.decoding.task)
     recording = replace(recording, tokenizer=tokenizer)
     window = Window(0, recording.frames)
-    if not is_audible(recording.mel, window) or is_silence(result, options):
+    if not is_audible(recording.mel[:, : window.end]):
         return Transcription("", [], result.language)
     if needs_fallback(result, options) and len(options.temperatures()) > 1:
         return None
-    split = split_segments(result, window, model, tokenizer)
-    if options.word_timestamps:
-        features = AudioFeatures(*(x[None] for x in result.audio_features))
-        split = with_words(split, model, recording, features, window, 0.0, options)
-    if split.skipped or split.resume < recording.frames:
+    split = split_window(model, recording, window, result, options, 0.0)
+    if split.resume < recording.frames:
         return None
+    recording.skipped.extend(split.skipped)
     segments = [replace(without_empty(s), id=i) for i, s in enumerate(split.segments)]
     return collect(iter(segments), recording)
 
 
 @torch.no_grad()
-def gated(model: Whisper, recording: Recording, segment: Segment) -> Segment:
+def gated(model: Whisper, recording: OpenRecording, segment: Segment) -> Segment:
     """The segment whose words carry the gate; as it is for models without a second branch."""
     tokenizer = recording.tokenizer
     tokens = [token for token in segment.tokens if token < tokenizer.eot]

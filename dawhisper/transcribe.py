@@ -547,9 +547,13 @@ def without_empty(segment: Segment) -> Segment:
 
 def say(heard: Segment | Skip, options: TranscribeOptions) -> None:
     """Print a segment, or what was skipped, where that was asked for."""
+    if options.verbose and not (isinstance(heard, Segment) and not heard.text):
+        print(printable(heard))
+
+
+def printable(heard: Segment | Skip) -> str:
     text = heard.text if isinstance(heard, Segment) else f" (skipped: {heard.why})"
-    if options.verbose and text:
-        print(make_safe(f"[{format_timestamp(heard.start)} --> {format_timestamp(heard.end)}] {text}"))
+    return make_safe(f"[{format_timestamp(heard.start)} --> {format_timestamp(heard.end)}] {text}")
 
 
 # ---------------------------------------------------------------------------------------- word times in long form
