@@ -24,8 +24,8 @@ from .decoding import DecodingResult, decode_windows, model_tokenizer
 from .model import Whisper
 from .timing import Word, token_gates
 from .transcribe import (
-    Prompt,
     OpenRecording,
+    Prompt,
     Segment,
     TranscribeOptions,
     Transcription,

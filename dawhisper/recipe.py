@@ -137,8 +137,8 @@ class LoopOptions:
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
     on a GPU that has it, fp32 on the CPU); compile: off, encoder, model (everything; tokens are padded to multiples of
-    64), auto (model on a GPU); attention: the kernel to try first, default, cudnn or
-    flash; fsdp: shard weights and optimiser over the devices;
+    64), auto (model on a GPU); attention: the kernel to try first, flash, cudnn (plans each new shape for
+    milliseconds) or default (torch's choice); fsdp: shard weights and optimiser over the devices;
     deterministic: bit-for-bit repeatable on a GPU too, slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
     encoder positions. max_bad_steps: non-finite steps in a row that end the run. memory_share: of the GPU's memory that
@@ -149,7 +149,7 @@ class LoopOptions:
     accumulate: int = 1
     precision: str = "auto"
     compile: str = "auto"
-    attention: str = "default"
+    attention: str = "flash"
     gradient_checkpointing: bool = False
     fsdp: bool = False
     deterministic: bool = False
