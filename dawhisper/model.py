@@ -295,7 +295,7 @@ class DecoderBlock(nn.Module):
         rows: Sequence[int],
         layer: int,
         trace: Trace | None,
-        weights: JointWeights | None,
+        weights: JointWeights | None = None,
     ) -> Tensor:
         primary, secondary = self.cross_attn, self.secondary_attn
         if weights is not None:

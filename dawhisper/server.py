@@ -342,8 +342,8 @@ async def wait_for(future: Future[Any], clip: Clip, request: Request, seconds: f
     deadline = time.monotonic() + seconds
     try:
         while not waiting.done():
-            await asyncio.wait([waiting], timeout=0.5)
-            if not waiting.done() and (time.monotonic() > deadline or await request.is_disconnected()):
+            await asyncio.wait([waiting], timeout=min(0.5, max(0.0, deadline - time.monotonic())))
+            if not waiting.done() and (time.monotonic() >= deadline or await request.is_disconnected()):
                 raise asyncio.TimeoutError
         return waiting.result()
     finally:
