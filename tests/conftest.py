@@ -13,7 +13,10 @@ WEIGHTS_VARIABLE = "DAWHISPER_TEST_WEIGHTS"
 
 
 def pytest_configure() -> None:
-    # The models of the tests are tiny: more threads only wait for each other.
+    # The models of the tests are tiny: more threads only wait for each other. Two processes share two cores.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start
+        torch.set_num_threads(1)
     torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 
