@@ -249,6 +249,7 @@ def _serve_parser(commands: Any) -> None:
     add("--max_live", type=int, default=4, help="live streams at once")
     add("--max_upload", type=float, default=100.0, help="MB of a request; more is refused with 413")
     add("--max_audio", type=float, default=7200.0, help="seconds of a recording")
+    add("--upload_timeout", type=float, default=300.0, help="seconds for an upload to come; slower ones get 408")
     add("--timeout", type=float, default=600.0, help="seconds of a request")
 
 

@@ -16,7 +16,9 @@ import contextlib
 import hmac
 import io
 import json
+import logging
 import math
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
@@ -37,6 +39,7 @@ from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from whisper.tokenizer import LANGUAGES
 from whisper.utils import WriteSRT, WriteVTT
 
@@ -51,8 +54,9 @@ from .transcribe import Segment, TranscribeOptions, Transcription
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
-IDLE = 20.0  # seconds between two pieces of an upload
+IDLE = 20.0  # seconds that a client may send nothing of what is awaited
 LIVE_BACKLOG = 60.0  # seconds of live audio that may wait
+log = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page"
 # the page needs nothing from elsewhere, and nobody else's page may frame it
 HEADERS = {
@@ -66,7 +70,8 @@ class ServerOptions:
     """models: names or paths, or NAME=PATH; the first one is also "whisper-1". Sizes in MB, times in seconds.
 
     max_queue: requests that are waiting or running; more get 429. max_upload: of a request's body; max_audio: of a
-    recording. timeout: of a request, from its first byte to its answer. api_key: what clients must send; None for all.
+    recording. upload_timeout: until a request's body has come; later ones get 408. timeout: of a request, from its
+    first byte to its answer. api_key: what clients must send; None for all.
     """
 
     models: tuple[str, ...] = ("base",)
@@ -80,10 +85,12 @@ class ServerOptions:
     max_live: int = 4
     max_upload: float = 100.0
     max_audio: float = 7200.0
+    upload_timeout: float = 300.0
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_queue", "max_live", "max_upload", "max_audio", "timeout"):
+        sizes = ("batch_size", "max_queue", "max_live", "max_upload", "max_audio", "upload_timeout", "timeout")
+        for name in sizes:
             if not getattr(self, name) > 0:
                 raise OptionError(f"--{name} is above 0, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
@@ -120,6 +127,14 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, (asyncio.TimeoutError, Stopped)):
         return ApiError(504, "the request took too long; send a shorter recording or raise --timeout", code="timeout")
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def told_in_the_answer(error: Exception) -> ApiError:
+    """For an answer that has begun: nobody else logs what is a bug."""
+    answer = as_api_error(error)
+    if answer.status == 500:
+        log.error("failed on a request", exc_info=error)
+    return answer
 
 
 class Metrics:
@@ -166,7 +181,7 @@ class Service:
     def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics):
         self.engine, self.options, self.metrics = engine, options, metrics
         self.active = 0
-        self.live = 0
+        self.lives: set[Live] = set()
         self.decoding = asyncio.Semaphore(2)  # recordings decoded at once: each holds its samples
 
     def model_named(self, name: str) -> str:
@@ -192,7 +207,9 @@ class Service:
 
     def authorize(self, key: str | None) -> None:
         wanted = self.options.api_key
-        if wanted is not None and not hmac.compare_digest((key or "").encode(), wanted.encode()):
+        if wanted is not None and not hmac.compare_digest(
+            *(k.encode(errors="surrogatepass") for k in (key or "", wanted))
+        ):
             raise ApiError(401, "no or wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
 
     async def read(self, request: Request, task: str) -> Asked:
@@ -351,7 +368,7 @@ async def wait_for(future: Future[Any], clip: Clip, request: Request, seconds: f
         waiting.cancel()
 
 
-async def events(service: Service, asked: Asked, admission: contextlib.ExitStack) -> AsyncIterator[str]:
+async def events(service: Service, asked: Asked, admission: contextlib.ExitStack, seconds: float) -> AsyncIterator[str]:
     """Server-sent events: text as it is known, segments where asked for, the whole at the end."""
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[Segment | None] = asyncio.Queue()
@@ -364,7 +381,7 @@ async def events(service: Service, asked: Asked, admission: contextlib.ExitStack
         try:
             future = service.engine.submit(clip)
             future.add_done_callback(lambda _: tell(None))
-            deadline = time.monotonic() + service.options.timeout
+            deadline = time.monotonic() + seconds
             while (segment := await asyncio.wait_for(told.get(), deadline - time.monotonic())) is not None:
                 if segment.text:
                     yield event({"type": "transcript.text.delta", "delta": segment.text})
@@ -376,7 +393,7 @@ async def events(service: Service, asked: Asked, admission: contextlib.ExitStack
             usage = {"type": "duration", "seconds": math.ceil(len(asked.samples) / SAMPLE_RATE)}
             yield event({"type": "transcript.text.done", "text": result.text.strip(), "usage": usage})
         except Exception as error:  # the status line is sent already
-            yield event(as_api_error(error).body())
+            yield event(told_in_the_answer(error).body())
         finally:
             clip.stop()
 
@@ -390,8 +407,8 @@ class Live:
     def __init__(self, service: Service, socket: WebSocket):
         self.service, self.socket = service, socket
         self.heard = bytearray()
-        self.finished = False
         self.news = asyncio.Event()
+        self.reading: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         first = await self.message()
@@ -408,15 +425,24 @@ class Live:
         options = StreamOptions(language=language, task=task, initial_prompt=prompt, gates=model.dual is not None)
         stream = Stream(model, options)
         await self.socket.send_json({"type": "ready", "model": name})
-        reading = asyncio.create_task(self.read())
+        self.reading = asyncio.create_task(self.read())
+        self.reading.add_done_callback(lambda _: self.news.set())
         try:
-            await self.listen(stream, options.step)
+            await self.listen(stream, self.reading, options.step)
         finally:
-            reading.cancel()
+            self.end()
+
+    def end(self) -> None:
+        """Take in no more audio; what was heard is still transcribed."""
+        if self.reading:
+            self.reading.cancel()
 
     async def message(self) -> Any:
         """A JSON message, or bytes of audio."""
-        got = await self.socket.receive()
+        try:
+            got = await asyncio.wait_for(self.socket.receive(), IDLE)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"nothing came for {IDLE:g} s; connect again", code="too_slow") from None
         if got["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(got.get("code", 1005))
         if got.get("bytes") is not None:
@@ -427,35 +453,35 @@ class Live:
             raise ApiError(400, "a text message is a JSON object") from None
 
     async def read(self) -> None:
-        try:
-            while not self.finished:
-                got = await self.message()
-                if isinstance(got, bytes):
-                    self.heard += got
-                else:
-                    self.finished = isinstance(got, dict) and got.get("type") == "finish"
-                self.news.set()
-        finally:
-            self.finished = True
-            self.news.set()
-
-    async def listen(self, stream: Stream, step: float) -> None:
-        wanted = round(step * SAMPLE_RATE) * 2
+        """Take in audio until the client says that it has finished."""
         while True:
-            while len(self.heard) < wanted and not self.finished:
-                self.news.clear()
-                await self.news.wait()
+            got = await self.message()
+            if isinstance(got, bytes):
+                self.heard += got
+                self.news.set()
+            elif isinstance(got, dict) and got.get("type") == "finish":
+                return
+            else:
+                raise ApiError(400, 'send samples as binary messages, then {"type": "finish"}')
             if len(self.heard) > LIVE_BACKLOG * SAMPLE_RATE * 2:
                 raise ApiError(429, "audio comes faster than it can be transcribed", code="too_fast")
-            even = len(self.heard) // 2 * 2
+
+    async def listen(self, stream: Stream, reading: asyncio.Task[None], step: float) -> None:
+        wanted = round(step * SAMPLE_RATE) * 2
+        last = False
+        while not last:
+            while len(self.heard) < wanted and not reading.done():
+                self.news.clear()
+                await self.news.wait()
+            last = reading.done()
+            if last and not reading.cancelled():
+                reading.result()  # raises what went wrong
+            even = len(self.heard) // 2 * 2  # the rest is half a sample
             samples, self.heard = pcm_samples(bytes(self.heard[:even])), self.heard[even:]
-            last = self.finished and len(self.heard) < 2
             self.service.metrics.audio.inc(len(samples) / SAMPLE_RATE)
             update = await asyncio.wrap_future(self.service.engine.submit(partial(heard, stream, samples, last)))
             await self.socket.send_json({"type": "update", "now": round(stream.now, 2), **finite(as_dict(update))})
-            if last:
-                await self.socket.send_json({"type": "done"})
-                return
+        await self.socket.send_json({"type": "done"})
 
 
 def heard(stream: Stream, samples: np.ndarray, last: bool) -> Update:
@@ -475,8 +501,8 @@ def same_origin(headers: Headers) -> bool:
 class Guard:
     """Around every HTTP request: the limits of its body's size and pace, headers of the answer, counts."""
 
-    def __init__(self, app: ASGIApp, max_bytes: float, metrics: Metrics):
-        self.app, self.max_bytes, self.metrics = app, max_bytes, metrics
+    def __init__(self, app: ASGIApp, max_bytes: float, max_seconds: float, metrics: Metrics):
+        self.app, self.max_bytes, self.max_seconds, self.metrics = app, max_bytes, max_seconds, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -486,9 +512,10 @@ class Guard:
         async def limited() -> Message:
             nonlocal taken, complete
             try:
-                message = await (receive() if complete else asyncio.wait_for(receive(), IDLE))
+                left = min(IDLE, began + self.max_seconds - time.monotonic())
+                message = await (receive() if complete else asyncio.wait_for(receive(), left))
             except asyncio.TimeoutError:
-                raise ApiError(408, f"nothing came for {IDLE:g} s; send the file again", "file", "too_slow") from None
+                raise ApiError(408, "the upload came too slowly; send a smaller file", "file", "too_slow") from None
             complete = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > self.max_bytes:
@@ -499,11 +526,19 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if status == 408:  # what else may come of the body is not read
+                    headers["Connection"] = "close"
+            try:
+                await asyncio.wait_for(send(message), IDLE)
+            except asyncio.TimeoutError:  # the client reads nothing
+                raise ClientDisconnect from None
 
         try:
             await self.app(scope, limited, counted)
+        except ClientDisconnect:
+            pass
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")  # not the request's own: there is no end to those
@@ -524,7 +559,8 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="dawhisper", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, max_bytes=options.max_upload * 1e6, metrics=metrics)
+    app.state.service = service
+    app.add_middleware(Guard, max_bytes=options.max_upload * 1e6, max_seconds=options.upload_timeout, metrics=metrics)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -542,14 +578,14 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
                 if length.isdigit() and int(length) > options.max_upload * 1e6:
                     raise ApiError(413, f"the upload is larger than {options.max_upload:g} MB", "file", "too_large")
                 asked = await asyncio.wait_for(service.read(request, task), options.timeout)
+                left = options.timeout - (time.monotonic() - began)
                 if asked.stream:
                     return StreamingResponse(
-                        events(service, asked, admission.pop_all()),
+                        events(service, asked, admission.pop_all(), left),
                         media_type="text/event-stream",
                         headers={"Cache-Control": "no-store"},
                     )
                 clip = Clip(asked.model, asked.samples, asked.options, asked.gates)
-                left = options.timeout - (time.monotonic() - began)
                 result = await wait_for(engine.submit(clip), clip, request, left)
                 return formatted(asked, result)
             except (ApiError, DawhisperError, QueueFull, Stopped, asyncio.TimeoutError) as error:
@@ -608,27 +644,28 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
         return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     @app.websocket("/v1/audio/live")
-    async def live(socket: WebSocket) -> None:
-        if not same_origin(socket.headers):
-            await socket.close(1008)
+    async def live(connection: WebSocket) -> None:
+        if not same_origin(connection.headers):
+            await connection.close(1008)
             return
-        await socket.accept()
-        service.live += 1
-        metrics.live.set(service.live)
+        await connection.accept()
+        session = Live(service, connection)
         try:
-            if service.live > options.max_live:
+            if len(service.lives) >= options.max_live:
                 raise ApiError(429, "too many live streams; try again later", code="queue_full")
-            await Live(service, socket).run()
-            await socket.close()
+            service.lives.add(session)
+            metrics.live.set(len(service.lives))
+            await session.run()
+            await connection.close()
         except WebSocketDisconnect:
             pass
-        except (ApiError, DawhisperError, QueueFull) as error:
+        except Exception as error:
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client may have gone
-                await socket.send_json({"type": "error", **as_api_error(error).body()})
-                await socket.close(1008)
+                await connection.send_json({"type": "error", **told_in_the_answer(error).body()})
+                await connection.close(1008)
         finally:
-            service.live -= 1
-            metrics.live.set(service.live)
+            service.lives.discard(session)
+            metrics.live.set(len(service.lives))
 
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
@@ -646,24 +683,73 @@ def load_models(names: tuple[str, ...], device: str | None) -> dict[str, Whisper
     return models
 
 
+class Patient(H11Protocol):
+    """Closes a connection whose next request's head has not come after IDLE seconds, or whose last body goes on.
+
+    uvicorn waits for ever as long as something drips in.
+    """
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.expect()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.timer:
+            self.timer.cancel()
+
+    def expect(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(IDLE, self.expired)
+
+    def expired(self) -> None:
+        if self in self.connections and (self.cycle is None or self.cycle.response_complete):  # else a WebSocket's
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Ends live streams with their last words before the connections are closed."""
+
+    def __init__(self, app: FastAPI, options: ServerOptions):
+        self.lives = app.state.service.lives
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=options.host,
+                port=options.port,
+                log_level="warning",
+                http=Patient,
+                timeout_graceful_shutdown=math.ceil(options.timeout),
+                ws_max_size=2**20,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        until = time.monotonic() + IDLE
+        while self.lives and time.monotonic() < until:
+            for session in self.lives:
+                session.end()
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+
 def serve(options: ServerOptions) -> None:
     """Load the models and serve until SIGTERM or Ctrl-C; requests that run then are finished first."""
     if options.threads:
         torch.set_num_threads(options.threads)
     models = load_models(options.models, options.device)
-    engine = Engine(models, options.batch_size, options.max_queue)
-    app = create_app(engine, options)
-    config = uvicorn.Config(
-        app,
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        timeout_graceful_shutdown=math.ceil(options.timeout),
-        ws_max_size=2**20,
-    )
-    server = uvicorn.Server(config)
+    # each live stream has a place of its own
+    engine = Engine(models, options.batch_size, options.max_queue + options.max_live)
+    server = Server(create_app(engine, options), options)
     try:
-        sockets = [config.bind_socket()]
+        sockets = [server.config.bind_socket()]
     except SystemExit:
         engine.close()
         raise OptionError(f"can't listen on {options.host}:{options.port}; is the port in use? Try --port") from None

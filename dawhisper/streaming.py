@@ -26,6 +26,7 @@ import torch
 from whisper.audio import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
 from whisper.timing import WordTiming, merge_punctuations
 
+from . import vad
 from .audio import log_mel_spectrogram, pad_or_trim
 from .checkpoint import load_model
 from .decoding import DecodingOptions, DecodingResult, decode_windows, language_code, model_tokenizer
@@ -39,7 +40,6 @@ CONTEXT = 64  # tokens of earlier text that prompt the decoder
 SHORTEST = 0.5  # seconds of audio that are worth decoding
 PIECE = 5.0  # seconds taken in at once, so that the buffer never outgrows the encoder's window
 LONGEST_SEGMENT = 30.0
-FRAME = SAMPLE_RATE // 50  # of the loudness
 MIC_BACKLOG = 60.0  # seconds that a microphone may be ahead of the model
 
 
@@ -124,7 +124,6 @@ class Stream:
         self.previous: list[LiveWord] = []  # the last hypothesis
         self.open: list[LiveWord] = []  # words of the segment that is not closed
         self.closed = 0  # segments
-        self.floor = Floor()
 
     @property
     def now(self) -> float:
@@ -136,7 +135,6 @@ class Stream:
         update = Update(pending=text_of(self.previous))
         for first in range(0, len(samples), round(PIECE * SAMPLE_RATE)):
             piece = samples[first : first + round(PIECE * SAMPLE_RATE)]
-            self.floor.hear(piece)
             self.buffer = np.concatenate([self.buffer, piece.astype(np.float32)])
             self.fresh += len(piece)
             if self.fresh >= self.options.step * SAMPLE_RATE:
@@ -151,13 +149,13 @@ class Stream:
         return self._end_turn(self._decode())
 
     def _listen(self) -> Update:
-        paused = self.floor.is_silent(self.buffer[-round(self.options.silence * SAMPLE_RATE) :])
-        if not self.final and not self.previous and self.floor.is_silent(self.buffer):
+        speech = vad.detector()(self.buffer) >= vad.THRESHOLD
+        if not self.final and not self.previous and not speech.any():
             self._forget(len(self.buffer) - round(SHORTEST * SAMPLE_RATE))  # a word's soft beginning may be in it
             self.fresh = 0
             return Update()
         hypothesis = self._decode()
-        if paused:
+        if not speech[-round(self.options.silence * SAMPLE_RATE / vad.FRAME) :].any():
             return self._end_turn(hypothesis)
         update = self._commit(hypothesis, self._stable(hypothesis))
         if len(self.buffer) > self.options.longest * SAMPLE_RATE:
@@ -287,8 +285,11 @@ class Stream:
         self.final = self.final[last + 1 :]
         # word times are a little off: the quietest moment around the border belongs to neither word
         first, end = (round((w.start + w.end) / 2 * SAMPLE_RATE) - self.start for w in (before, behind))
-        levels = loudness(self.buffer[first:end])
-        self._forget(first + FRAME * int(levels.argmin()) + FRAME // 2 if len(levels) else end)
+        frames = (end - first) // vad.FRAME
+        if frames > 0:
+            levels = vad.loudness(self.buffer[first : first + frames * vad.FRAME])
+            end = first + vad.FRAME * int(levels.argmin()) + vad.FRAME // 2
+        self._forget(end)
         return Update()
 
     def _give_up(self) -> Update:
@@ -313,36 +314,6 @@ class Stream:
 
 def text_of(words: list[LiveWord]) -> str:
     return "".join(word.word for word in words)
-
-
-# -------------------------------------------------------------------------------------------------- end of a turn
-
-
-def loudness(samples: np.ndarray) -> np.ndarray:
-    """Level of each 20 ms [n // 320] in dB of full scale."""
-    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
-    return 10 * np.log10((frames**2).mean(axis=1) + 1e-10)
-
-
-class Floor:
-    """The level of the background, by which a pause is known: the 10th percentile of the last 30 seconds' levels."""
-
-    def __init__(self) -> None:
-        self.levels = np.zeros(0)
-        self.rest = np.zeros(0, np.float32)
-
-    def hear(self, samples: np.ndarray) -> None:
-        samples = np.concatenate([self.rest, samples])
-        self.rest = samples[len(samples) // FRAME * FRAME :]
-        self.levels = np.concatenate([self.levels, loudness(samples)])[-30 * 50 :]
-
-    def is_silent(self, samples: np.ndarray) -> bool:
-        """Whether (nearly) nothing in the samples rises 8 dB above the background, or above -60 dB."""
-        levels = loudness(samples)
-        if not len(levels):
-            return True
-        floor = max(-68.0, float(np.percentile(self.levels, 10)))
-        return float(np.percentile(levels, 95)) < floor + 8.0
 
 
 # -------------------------------------------------------------------------------------------------------- sources

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import uvicorn
 
 from dawhisper.engine import Clip, Engine
 from dawhisper.model import Whisper
-from dawhisper.server import ServerOptions, create_app
+from dawhisper.server import Server, ServerOptions, create_app
 
 
 class Brief(Engine):
@@ -42,11 +41,10 @@ class Running:
 
 @contextlib.contextmanager
 def running(models: dict[str, Whisper], brief: bool = True, **options: object) -> Iterator[Running]:
-    made = ServerOptions(**options)  # type: ignore[arg-type]
+    made = ServerOptions(**{"port": 0, **options})  # type: ignore[arg-type]
     engine = (Brief if brief else Engine)(models, made.batch_size, made.max_queue)
-    config = uvicorn.Config(create_app(engine, made), port=0, log_level="error", timeout_graceful_shutdown=20)
-    server = uvicorn.Server(config)
-    socket = config.bind_socket()
+    server = Server(create_app(engine, made), made)
+    socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import itertools
 import json
@@ -23,13 +25,15 @@ import openai
 import pytest
 from peer import pair, talkative, trained
 from serving import Running, running, wav
+from starlette.types import Message, Receive, Scope, Send
+from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
 import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.engine import Clip, Engine, transcribe_together
 from dawhisper.errors import OptionError
-from dawhisper.server import ServerOptions, load_models
+from dawhisper.server import Guard, Metrics, ServerOptions, load_models
 from dawhisper.transcribe import TranscribeOptions, transcribe
 
 SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
@@ -308,6 +312,66 @@ def test_a_client_that_goes_away_leaves_nothing(random_server: Running) -> None:
         time.sleep(0.1)
 
 
+def head(length: int, kind: str = "multipart/form-data; boundary=x") -> bytes:
+    return f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\nContent-Type: {kind}\r\n\r\n".encode()
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("first", "drip", "status"),
+    [
+        (head(2_000_000) + PART + bytes(1_500_000), b"", 408),  # stops, with a temporary file
+        (head(2_000_000) + PART + bytes(1_500_000), b"x", 408),  # a byte now and then
+        (b"", b"", None),
+        (b"POST /v1/audio/transcriptions HTTP/1.1\r\nX: ", b"x", None),  # headers without end
+        (head(2_000_000, "text/plain"), b"x", 400),  # goes on after its answer
+    ],
+)
+def test_slow_clients_are_let_go(
+    monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes, status: int | None
+) -> None:
+    monkeypatch.setattr("dawhisper.server.IDLE", 0.6)
+    with running({"m": pair(eot_bias=6.0)[0]}, upload_timeout=1.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        before = open_files()
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(first)
+            raw.settimeout(0.1)
+            began, got, closed = time.monotonic(), b"", False
+            while not closed and time.monotonic() - began < 10:
+                try:
+                    if drip:
+                        raw.send(drip)
+                    got += (data := raw.recv(65536))
+                    closed = not data
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    closed = True
+            assert closed
+            assert (int(got.split()[1]) if got else None) == status
+            if status == 408:
+                assert b'"code":"too_slow"' in got
+            assert open_files() <= before + 1  # our own end of the connection
+        assert "dawhisper_active_requests 0.0" in httpx.get(server.url + "/metrics").text
+        assert post(server).status_code == 200
+
+
+def test_who_does_not_read_the_answer_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dawhisper.server.IDLE", 0.2)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def stuck(message: Message) -> None:
+        await asyncio.sleep(60)
+
+    guard = Guard(app, 1e6, 60.0, Metrics())
+    asyncio.run(asyncio.wait_for(guard({"type": "http"}, stuck, stuck), 5))  # type: ignore[arg-type]
+
+
 def test_an_error_in_a_batch_is_its_own_clips() -> None:
     engine = Engine({"m": pair(eot_bias=6.0)[0]})
     options = TranscribeOptions.of(temperature=0.0, language="en", without_timestamps=True, sample_len=6)
@@ -330,8 +394,9 @@ def pcm(samples: np.ndarray) -> bytes:
 
 
 def messages(live: ClientConnection) -> Iterator[dict]:
-    for message in live:
-        yield json.loads(message)
+    with contextlib.suppress(ConnectionClosedError):  # after an error
+        for message in live:
+            yield json.loads(message)
 
 
 def test_live_audio(real_server: Running, assets: Path) -> None:
@@ -358,6 +423,90 @@ def test_a_bad_beginning_of_live_audio(random_server: Running, first: str | byte
     with connect(random_server.ws) as live:
         live.send(first)
         assert json.loads(live.recv())["type"] == "error"
+
+
+@pytest.mark.parametrize("message", ["no json", "[]", '{"type": "dance"}'])
+def test_a_bad_message_in_live_audio(random_server: Running, message: str) -> None:
+    with connect(random_server.ws) as live:
+        live.send("{}")
+        assert json.loads(live.recv())["type"] == "ready"
+        live.send(message)
+        last = list(messages(live))[-1]
+        assert last["type"] == "error"
+        assert last["error"]["type"] == "invalid_request_error"
+
+
+def test_half_a_sample_at_the_end_of_live_audio(random_server: Running) -> None:
+    with connect(random_server.ws) as live:
+        live.send("{}")
+        live.send(pcm(sound(0)) + b"x")
+        live.send('{"type": "finish"}')
+        got = list(messages(live))
+    assert [m["type"] for m in (got[0], *got[-2:])] == ["ready", "update", "done"]
+    assert got[-2]["now"] == 2.0
+
+
+def live_streams(server: Running, n: int) -> None:
+    deadline = time.monotonic() + 10
+    while f"dawhisper_live_streams {n}.0" not in httpx.get(server.url + "/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_too_many_live_streams_and_one_that_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}, max_live=1) as server:
+        with connect(server.ws) as live:
+            live.send("{}")
+            assert json.loads(live.recv())["type"] == "ready"
+            with connect(server.ws) as other:
+                assert json.loads(other.recv())["error"]["code"] == "queue_full"
+            live.send(pcm(sound(0)))
+            live_streams(server, 1)
+            live.socket.close()  # in the middle of the work
+        live_streams(server, 0)
+        with connect(server.ws) as live:
+            live.send("{}")
+            assert json.loads(live.recv())["type"] == "ready"
+    assert not capsys.readouterr().err  # nothing to log
+
+
+def test_a_silent_or_too_fast_client_of_live_audio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dawhisper.server.IDLE", 0.5)
+    with running({"m": pair(eot_bias=6.0)[0]}) as server:
+        for begin in ([], ["{}"]):
+            with connect(server.ws) as live:
+                for message in begin:
+                    live.send(message)
+                assert list(messages(live))[-1]["error"]["code"] == "too_slow"
+        server.engine.submit(lambda: time.sleep(1))
+        with connect(server.ws, max_size=None) as live:
+            live.send("{}")
+            for _ in range(5):
+                live.send(bytes(16000 * 2 * 20))
+            assert list(messages(live))[-1]["error"]["code"] == "too_fast"
+
+
+def test_a_bug_is_said_and_logged(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}) as server:
+        monkeypatch.setattr(server.engine, "submit", lambda work: 1 / 0)
+        with connect(server.ws) as live:
+            live.send("{}")
+            live.send('{"type": "finish"}')
+            assert list(messages(live))[-1]["error"]["code"] == "internal_error"
+        assert '"internal_error"' in post(server, stream="true").text
+        assert post(server).status_code == 500
+    assert capsys.readouterr().err.count("ZeroDivisionError") == 3
+
+
+def test_the_end_of_the_server_finishes_live_audio() -> None:
+    with contextlib.ExitStack() as ends:
+        with running({"m": pair(eot_bias=6.0)[0]}) as server:
+            live = ends.enter_context(connect(server.ws))
+            live.send("{}")
+            assert json.loads(live.recv())["type"] == "ready"
+            live.send(pcm(sound(0, 0.9)))  # less than a step
+            live.ping().wait(10)
+        assert [m["type"] for m in messages(live)] == ["update", "done"]
 
 
 def test_another_sites_page_may_not_listen(random_server: Running) -> None:
