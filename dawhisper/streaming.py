@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO
@@ -40,6 +42,7 @@ CONTEXT = 64  # tokens of earlier text that prompt the decoder
 SHORTEST = 0.5  # seconds of audio that are worth decoding
 PIECE = 5.0  # seconds taken in at once, so that the buffer never outgrows the encoder's window
 LONGEST_SEGMENT = 30.0
+MIC_PIECE = 0.1  # seconds
 MIC_BACKLOG = 60.0  # seconds that a microphone may be ahead of the model
 
 
@@ -149,18 +152,24 @@ class Stream:
         return self._end_turn(self._decode())
 
     def _listen(self) -> Update:
-        speech = vad.detector()(self.buffer) >= vad.THRESHOLD
-        if not self.final and not self.previous and not speech.any():
+        paused = not self._speaks(self.options.silence)
+        if paused and not self.final and not self.previous and not self._speaks(self.options.longest + PIECE):
             self._forget(len(self.buffer) - round(SHORTEST * SAMPLE_RATE))  # a word's soft beginning may be in it
             self.fresh = 0
             return Update()
         hypothesis = self._decode()
-        if not speech[-round(self.options.silence * SAMPLE_RATE / vad.FRAME) :].any():
+        if paused:
             return self._end_turn(hypothesis)
         update = self._commit(hypothesis, self._stable(hypothesis))
         if len(self.buffer) > self.options.longest * SAMPLE_RATE:
             update += self._shorten()
         return replace(update, pending=text_of(self.previous))
+
+    def _speaks(self, seconds: float) -> bool:
+        """Whether somebody speaks in the last seconds (5 ms of work for 1 s, 30 ms for 15 s)."""
+        n = round(seconds * SAMPLE_RATE)
+        speech = vad.detector()(self.buffer[-(n + vad.CONTEXT) :])
+        return bool((speech[-(n // vad.FRAME) :] >= vad.THRESHOLD).any())
 
     def _decode(self) -> Hypothesis:
         """Decode what follows the final words of the buffer."""
@@ -335,38 +344,64 @@ def pcm_samples(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<i2").astype(np.float32) / 32768
 
 
-def read_microphone(seconds: float, device: str | None = None) -> Iterator[np.ndarray]:
-    """Samples of the microphone, until interrupted. AudioError where there is none."""
+def read_microphone(device: str | None = None) -> Iterator[np.ndarray]:
+    """Samples of the microphone, as many as there are each time, until Ctrl-C. AudioError where there is none."""
     try:
         import sounddevice
     except (ImportError, OSError) as e:  # OSError: PortAudio itself is missing
         raise OptionError(
-            f"the microphone needs sounddevice and PortAudio ({e}): pip install 'dawhisper[stream]', or pipe s16le "
-            "16 kHz mono samples in and give --input -"
+            f"the microphone needs sounddevice and PortAudio ({e}): pip install 'dawhisper[stream]', on Linux also "
+            "apt-get install libportaudio2; or pipe s16le 16 kHz mono samples in and give --input -"
         ) from None
-    pieces: queue.Queue[np.ndarray] = queue.Queue(maxsize=round(MIC_BACKLOG / 0.1))
+    return _record(sounddevice, device)
 
-    def heard(data: np.ndarray, *_: Any) -> None:
-        try:
-            pieces.put_nowait(data[:, 0].copy())
-        except queue.Full:
-            raise sounddevice.CallbackAbort from None
+
+def _record(sounddevice: Any, device: str | None) -> Iterator[np.ndarray]:
+    pieces: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    ended = threading.Event()
+    error: str | None = "the microphone has stopped; is it still plugged in?"
+
+    def heard(data: np.ndarray, *_: Any) -> None:  # in a thread of PortAudio's
+        nonlocal error
+        if pieces.qsize() >= MIC_BACKLOG / MIC_PIECE:
+            error = f"the model is {MIC_BACKLOG:g} s behind the microphone; use a smaller model or a longer --step"
+            raise sounddevice.CallbackAbort
+        pieces.put(data[:, 0].copy())
+
+    def end() -> None:
+        ended.set()
+        pieces.put(np.zeros(0, np.float32))  # wakes who waits
+
+    def interrupted(*_: Any) -> None:  # what was said before Ctrl-C still becomes text; a second one interrupts that
+        nonlocal error
+        error = None
+        signal.signal(signal.SIGINT, before)
+        end()
 
     try:
         opened = sounddevice.InputStream(
-            SAMPLE_RATE, SAMPLE_RATE // 10, int(device) if device and device.isdigit() else device, 1, callback=heard
+            SAMPLE_RATE,
+            round(MIC_PIECE * SAMPLE_RATE),
+            int(device) if device and device.isdigit() else device,
+            channels=1,
+            callback=heard,
+            finished_callback=end,
         )
+        opened.start()
     except (sounddevice.PortAudioError, ValueError) as e:
         raise AudioError(f"can't record from the microphone: {e}; name another with --input_device") from None
-    with opened:
-        while opened.active or not pieces.empty():
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        while not (ended.is_set() and pieces.empty()):
             taken = [pieces.get()]
             while not pieces.empty():
                 taken.append(pieces.get())
             yield np.concatenate(taken)
-        raise AudioError(
-            f"the model is {MIC_BACKLOG:g} s behind the microphone; use a smaller model or a longer --step"
-        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+        opened.close()
+    if error:
+        raise AudioError(error)
 
 
 def stream(
@@ -384,17 +419,19 @@ def stream(
         torch.set_num_threads(threads)
     if source not in ("-", "mic"):
         raise OptionError(f"--input is mic or - (standard input), not {source!r}; for files: dawhisper transcribe")
+    pieces = read_microphone(input_device) if source == "mic" else read_pcm(sys.stdin.buffer, options.step)
     model = load_model(model_name, device)
     options = replace(options, language=usable_language(model, model_name, options.language))
     heard = Stream(model, options)
-    seconds = options.step
-    pieces = read_microphone(seconds, input_device) if source == "mic" else read_pcm(sys.stdin.buffer, seconds)
+    if source == "mic":
+        print("Listening; Ctrl-C ends it.", file=sys.stderr)
     try:
         for piece in pieces:
             show(heard.feed(piece), as_json)
-    except KeyboardInterrupt:  # how one stops speaking
+    except KeyboardInterrupt:
         pass
-    show(heard.finish(), as_json)
+    finally:  # a microphone that fails takes no words with it
+        show(heard.finish(), as_json)
 
 
 def show(update: Update, as_json: bool) -> None:

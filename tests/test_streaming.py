@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import io
 import itertools
 import json
+import pickle
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from peer import pair, talkative, trained
 
 import dawhisper
+from dawhisper import vad
 from dawhisper.audio import load_audio
 from dawhisper.cli import main
 from dawhisper.errors import OptionError
-from dawhisper.streaming import Floor, Stream, StreamOptions, Update, read_pcm, text_of
+from dawhisper.streaming import Stream, StreamOptions, Update, read_pcm, text_of
 
 
 def words_in(text: str) -> str:
@@ -73,7 +81,6 @@ def test_any_size_of_pieces_and_bounded_memory(piece: int) -> None:
         stream.feed(audio[first : first + piece])
         assert len(stream.buffer) <= 30 * 16000
         assert len(stream.context) <= 64
-        assert len(stream.floor.levels) <= 1500
     assert stream.now == pytest.approx(45.0)
     stream.finish()
     assert len(stream.buffer) == 0
@@ -87,15 +94,34 @@ def test_silence_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stream.buffer) < 16000
 
 
-def test_the_floor_knows_a_pause_in_steady_noise() -> None:
-    generator = np.random.default_rng(0)
-    noise = 0.02 * generator.normal(size=16000 * 10)
-    noisy = noise.copy()
-    noisy[: 16000 * 8] += 0.2 * generator.normal(size=16000 * 8) * (np.sin(np.arange(16000 * 8) / 2000) > 0)
-    floor = Floor()
-    floor.hear(noisy)
-    assert floor.is_silent(noisy[-16000:])
-    assert not floor.is_silent(noisy[: 16000 * 2])
+def test_a_pause_in_noise_ends_a_turn(tiny_en: dawhisper.Whisper, assets: Path) -> None:
+    pytest.importorskip("silero_vad", reason="loudness alone finds no pause in noise: pip install 'dawhisper[vad]'")
+    spoken = np.pad(load_audio(assets / "speech.opus"), (0, 16000 * 3))
+    noise = 0.02 * np.random.default_rng(0).normal(size=len(spoken))
+    noisy = (spoken + noise).astype(np.float32)
+    stream = Stream(tiny_en, StreamOptions(language="en"))
+    turns = [stream.feed(noisy[first : first + 16000]).end_of_turn for first in range(0, len(noisy), 16000)]
+    assert turns.count(True) == 1
+    assert any(turns[-3:])
+
+
+def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alternately speech-like sound, which is decoded, and silence, which is not."""
+    monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=12.0)
+    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0, gates=True))
+    minute = (0.1 * np.random.default_rng(0).normal(size=16000 * 60)).astype(np.float32)
+    minute *= np.sin(np.arange(len(minute)) / 8000)
+    minute[16000 * 15 :] = 0.0
+    sizes, words, turns = [], 0, 0
+    for _ in range(60):
+        update = stream.feed(minute)
+        words, turns = words + len(update.words), turns + update.end_of_turn
+        sizes.append(len(pickle.dumps({k: v for k, v in vars(stream).items() if k != "model"})))
+    assert stream.now == 3600.0
+    assert words > 100
+    assert turns == 60
+    assert max(sizes) <= 1.2 * max(sizes[:3])
 
 
 def test_gates_of_words() -> None:
@@ -133,6 +159,97 @@ def test_the_command_reads_a_pipe(tiny_en_path: Path, assets: Path) -> None:
     said = "".join(segment["text"] for update in updates for segment in update["segments"])
     assert "best establishments" in said
     assert updates[-1]["end_of_turn"]
+
+
+class Microphone:
+    """sounddevice's InputStream, as far as it is used: a thread calls back with blocks of a recording."""
+
+    def __init__(self, samples: np.ndarray, at_end: Callable[[], None]):
+        self.samples, self.at_end = samples, at_end
+
+    def open(
+        self,
+        rate: int,
+        block: int,
+        device: int | str | None,
+        channels: int,
+        callback: Callable[..., None],
+        finished_callback: Callable[[], None],
+    ) -> Microphone:
+        if device == "broken":
+            raise Broken("Invalid number of channels [PaErrorCode -9998]")
+        if device == "none":
+            raise ValueError("No input device matching 'none'")
+        assert (rate, channels) == (16000, 1)
+        self.block, self.callback, self.finished = block, callback, finished_callback
+        self.thread = threading.Thread(target=self.play)
+        return self
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def play(self) -> None:
+        with contextlib.suppress(Abort):
+            for first in range(0, len(self.samples), self.block):
+                data = self.samples[first : first + self.block, None].copy()
+                self.callback(data, len(data), None, None)
+                data[:] = np.nan  # the buffer is PortAudio's
+            self.at_end()
+        self.finished()
+
+    def close(self) -> None:
+        self.thread.join()
+
+
+class Abort(Exception):
+    pass
+
+
+class Broken(Exception):
+    pass
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch, samples: np.ndarray, at_end: Callable[[], None] = lambda: None) -> None:
+    fake = ModuleType("sounddevice")
+    opened = Microphone(samples, at_end).open
+    vars(fake).update(InputStream=opened, PortAudioError=Broken, CallbackAbort=Abort)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+
+
+def hear(*arguments: str) -> int:
+    return main(["stream", "--device", "cpu", "--language", "en", *arguments])
+
+
+def test_the_microphone_until_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tiny_en_path: Path, assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    plug_in(monkeypatch, load_audio(assets / "speech.opus"), _thread.interrupt_main)
+    assert hear("--model", str(tiny_en_path)) == 0
+    out, err = capsys.readouterr()
+    assert words_in(out).endswith("very best establishments")
+    assert "Ctrl-C" in err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_microphone_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tiny_en_path: Path, assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--model", str(tiny_en_path))
+    plug_in(monkeypatch, load_audio(assets / "speech.opus"))
+    assert hear(*model) == 1
+    out, err = capsys.readouterr()
+    assert words_in(out).endswith("very best establishments")  # what was said before
+    assert "the microphone has stopped" in err
+    for device in ("broken", "none"):
+        assert hear(*model, "--input_device", device) == 1
+        assert "name another with --input_device" in capsys.readouterr().err.splitlines()[-1]
+    plug_in(monkeypatch, np.zeros(16000 * 70, np.float32))
+    assert hear(*model) == 1
+    assert "60 s behind the microphone; use a smaller model" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    assert hear(*model) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_wrong_source_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
