@@ -108,11 +108,11 @@ def test_a_pause_in_noise_ends_a_turn(tiny_en: dawhisper.Whisper, assets: Path) 
 def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alternately speech-like sound, which is decoded, and silence, which is not."""
     monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
-    model = talkative(trained(dawhisper.DualOptions()), eot_bias=12.0)
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
     stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0, gates=True))
     minute = (0.1 * np.random.default_rng(0).normal(size=16000 * 60)).astype(np.float32)
     minute *= np.sin(np.arange(len(minute)) / 8000)
-    minute[16000 * 15 :] = 0.0
+    minute[16000 * 10 :] = 0.0
     sizes, words, turns = [], 0, 0
     for _ in range(60):
         update = stream.feed(minute)
