@@ -29,6 +29,7 @@ PATH = "/v1/audio/transcriptions"
 
 def start(model: str, clips: int) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "dawhisper", "serve", "--model", model, "--port", "0", "--max_queue", str(clips)]
+    command += ["--max_upload", "5", "--upload_timeout", "5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     return process, process.stdout.readline().split()[-1]
@@ -49,6 +50,8 @@ def usage(pid: int) -> tuple[float, int]:
 def malformed(rng: random.Random, whole: bytes) -> tuple[bytes, dict[str, str]]:
     name = rng.choice(["a.wav", "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "", "x" * 3000, "\u202e.wav"])
     content = rng.choice([b"", rng.randbytes(2000), whole[: rng.randrange(200)], b"#EXTM3U\nfile:///etc/passwd\n"])
+    if rng.random() < 0.05:
+        content = bytes(6_000_000)
     field = rng.choice(["file", "files", "model", "prompt"])
     part = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode() + content
     body = rng.choice(
@@ -58,11 +61,32 @@ def malformed(rng: random.Random, whole: bytes) -> tuple[bytes, dict[str, str]]:
     return body, {"content-type": kind}
 
 
-def leave_half_way(url: str) -> None:
+def begin(url: str) -> socket.socket:
+    """A request whose body has only begun."""
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n")
-        raw.sendall(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+    raw = socket.create_connection((host, int(port)))
+    raw.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n")
+    raw.sendall(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+    return raw
+
+
+def drip(url: str) -> str:
+    """Send a byte a second: the status of the answer after which the connection is closed, or what came else."""
+    with begin(url) as raw:
+        raw.settimeout(1)
+        got = b""
+        for _ in range(60):
+            try:
+                raw.send(b"x")
+                data = raw.recv(65536)
+                got += data
+                if not data:
+                    return got[9:12].decode() or "closed"
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return got[9:12].decode() or "closed"
+    return "kept"
 
 
 def main() -> None:
@@ -92,16 +116,19 @@ def main() -> None:
         rng, whole = random.Random(0), clips[0].read_bytes()
         statuses: dict[int, int] = {}
         before = usage(process.pid)
+        slow = ThreadPoolExecutor(16)
+        dripped = [slow.submit(drip, url) for _ in range(16)]
         with httpx.Client(base_url=url, timeout=60) as client:
             for i in range(min(args.malformed, 10_000)):
                 if i % 20 == 0:
-                    leave_half_way(url)
+                    begin(url).close()
                 body, headers = malformed(rng, whole)
                 status = client.post(PATH, content=body, headers=headers).status_code
                 statuses[status] = statuses.get(status, 0) + 1
+        slow_statuses = sorted({future.result() for future in dripped})
         time.sleep(1)
         after = usage(process.pid)
-        print(f"{args.malformed} malformed requests: statuses {statuses}")
+        print(f"{args.malformed} malformed requests: statuses {statuses}; slow clients: {slow_statuses}")
         print(f"memory {before[0]:.0f} -> {after[0]:.0f} MB, open files {before[1]} -> {after[1]}")
 
         with ThreadPoolExecutor(1) as pool:

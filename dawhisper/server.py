@@ -744,6 +744,7 @@ def serve(options: ServerOptions) -> None:
     """Load the models and serve until SIGTERM or Ctrl-C; requests that run then are finished first."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed request
     models = load_models(options.models, options.device)
     # each live stream has a place of its own
     engine = Engine(models, options.batch_size, options.max_queue + options.max_live)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
 import wave
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dawhisper.engine import Clip, Engine
 from dawhisper.model import Whisper
-from dawhisper.server import Server, ServerOptions, create_app
+from dawhisper.server import Server, ServerOptions, Service, create_app
 
 
 class Brief(Engine):
@@ -33,6 +37,7 @@ class Brief(Engine):
 class Running:
     url: str
     engine: Engine
+    service: Service
 
     @property
     def ws(self) -> str:
@@ -43,7 +48,8 @@ class Running:
 def running(models: dict[str, Whisper], brief: bool = True, **options: object) -> Iterator[Running]:
     made = ServerOptions(**{"port": 0, **options})  # type: ignore[arg-type]
     engine = (Brief if brief else Engine)(models, made.batch_size, made.max_queue)
-    server = Server(create_app(engine, made), made)
+    app = create_app(engine, made)
+    server = Server(app, made)
     socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
@@ -51,12 +57,21 @@ def running(models: dict[str, Whisper], brief: bool = True, **options: object) -
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.02)
-        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", engine)
+        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", engine, app.state.service)
     finally:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
         assert not engine.alive
+
+
+def start(checkpoint: Path) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "dawhisper", "serve", "--model", str(checkpoint), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert process.stdout
+    line = process.stdout.readline()
+    assert "dawhisper serves tiny.en at http://127.0.0.1:" in line
+    return process, line.split()[-1]
 
 
 def wav(samples: np.ndarray, rate: int = 16000) -> bytes:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from serving import Running, running, wav
+from peer import pair
+from serving import Running, running, start, wav
+from websockets.sync.client import connect
 
 import dawhisper
 from dawhisper.audio import load_audio
@@ -60,11 +65,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Iterator[
 
 
 class Page:
-    def __init__(self, driver: object, url: str, width: int = 1100):
+    def __init__(self, driver: object, url: str, loaded: bool = True):
         self.driver: object = driver
-        driver.set_window_size(width, 900)  # type: ignore[attr-defined]
+        driver.set_window_size(1100, 900)  # type: ignore[attr-defined]
         driver.get(url)  # type: ignore[attr-defined]
-        self.until("document.querySelectorAll('#model option').length")
+        if loaded:
+            self.until("document.querySelectorAll('#model option').length")
 
     def run(self, script: str) -> object:
         return self.driver.execute_script("return " + script)  # type: ignore[attr-defined]
@@ -82,6 +88,41 @@ class Page:
 
     def send(self, path: Path) -> None:
         self.element("#file").send_keys(str(path))  # type: ignore[attr-defined]
+
+    def colours(self, result: int, name: str) -> int:
+        """How many pixels of a result's picture have the colour of a style's variable."""
+        return self.run(  # type: ignore[return-value]
+            f"""(() => {{
+              const canvas = document.querySelectorAll('canvas')[{result}];
+              const c = canvas.getContext('2d');
+              c.fillStyle = getComputedStyle(document.documentElement).getPropertyValue('{name}');
+              const wanted = [1, 3, 5].map((i) => parseInt(c.fillStyle.slice(i, i + 2), 16));
+              const data = c.getImageData(0, 0, canvas.width, canvas.height).data;
+              let n = 0;
+              for (let i = 0; i < data.length; i += 4) n += wanted.every((v, j) => data[i + j] === v);
+              return n;
+            }})()"""
+        )
+
+    @contextlib.contextmanager
+    def phone(self) -> Iterator[None]:
+        size = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[attr-defined]
+        yield
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()  # type: ignore[arg-type]
+
+    def focused(self) -> object:
+        return self.driver.switch_to.active_element  # type: ignore[attr-defined]
+
+    def error(self, start: str) -> None:
+        self.until(f"document.getElementById('error').textContent.startsWith({start!r})")
+        assert self.run("!document.getElementById('error').hidden")
+        self.until("!document.getElementById('file').disabled && !document.getElementById('record').disabled")
 
     def picture(self, name: str, folder: Path) -> None:
         self.driver.save_screenshot(str(folder / f"{name}.png"))  # type: ignore[attr-defined]
@@ -106,9 +147,16 @@ def test_a_file_with_two_models(server: Running, browser: object, assets: Path, 
     assert "has no gate" in captions[1]
     assert page.run("!document.querySelector('.downloads').hidden")
     page.picture("desktop", tmp_path)
-    page.driver.set_window_size(390, 844)  # type: ignore[attr-defined]
-    assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    page.picture("phone", tmp_path)
+    assert [page.colours(i, "--gate") > 100 for i in (0, 1)] == [True, False]
+    assert all(page.colours(i, "--wave") > 1000 for i in (0, 1))
+    elsewhere = "performance.getEntriesByType('resource').filter((r) => !r.name.startsWith(location.origin)).length"
+    assert page.run(elsewhere) == 0
+    with page.phone():
+        assert page.run("innerWidth") == 375
+        assert page.run("document.documentElement.scrollWidth") == 375
+        small = "[...document.querySelectorAll('button, select, #language, #drop')].map((e) => e.offsetHeight)"
+        assert min(height for height in page.run(small) if height) >= 40  # type: ignore[attr-defined]
+        page.picture("phone", tmp_path)
     assert page.errors() == []
 
 
@@ -141,15 +189,94 @@ def test_errors_are_said(server: Running, browser: object, tmp_path: Path) -> No
     assert page.run("!document.getElementById('file').disabled")
 
 
-def test_keyboard_and_names(server: Running, browser: object) -> None:
-    """Everything that can be used is reached by Tab and has a name."""
-    from selenium.webdriver import ActionChains, Keys
+def test_the_servers_refusals_are_said(browser: object, assets: Path, tmp_path: Path) -> None:
+    small, large = tmp_path / "small.wav", tmp_path / "large.wav"
+    small.write_bytes(wav(np.zeros(1600, np.float32)))
+    large.write_bytes(wav(np.zeros(16000 * 60, np.float32)))
+    models = {"m": pair(eot_bias=6.0)[0]}
+    with running(models, max_upload=0.5, max_queue=1, max_live=1, api_key="secret") as server:
+        page = Page(browser, server.url, loaded=False)
+        page.error("this server asks for a key")
+        page.send(small)
+        page.error("this server asks for a key")
+        key = page.element("#key")
+        key.send_keys("guess\t")  # type: ignore[attr-defined]
+        page.error("the server does not take this key")
+        key.clear()  # type: ignore[attr-defined]
+        key.send_keys("secret\t")  # type: ignore[attr-defined]
+        page.until("document.querySelectorAll('#model option').length")
+        assert page.run("document.getElementById('error').hidden")
+        page.send(large)
+        page.error("the upload is larger than 0.5 MB")
+        server.service.active += 1
+        page.send(small)
+        page.error("too many requests are waiting")
+        server.service.active -= 1
+        with connect(server.ws) as live:
+            live.send('{"api_key": "secret"}')
+            live.recv()
+            page.element("#record").click()  # type: ignore[attr-defined]
+            page.error("too many live streams")
+            assert page.texts("#record-label") == ["Record"]
+        page.picture("refused", tmp_path)
+    page.send(small)
+    page.error("the server can't be reached")
+    page.element("#record").click()  # type: ignore[attr-defined]
+    page.error("the connection to the server was lost")
 
+
+def test_a_server_that_dies_is_said(browser: object, tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.wav"
+    long.write_bytes(wav(np.tile(load_audio(assets / "speech.opus"), 20)))
+    for recorded in (False, True):
+        process, url = start(tiny_en_path)
+        page = Page(browser, url)
+        if recorded:
+            page.element("#record").click()  # type: ignore[attr-defined]
+        else:
+            page.send(long)
+        page.until("document.querySelector('.final')?.textContent")
+        process.kill()
+        process.wait(30)
+        page.error("the connection")
+        assert page.texts(".final")[0]  # what came is kept
+
+
+def test_the_keyboard_alone(server: Running, browser: object, tmp_path: Path) -> None:
+    """Everything that can be used is reached by Tab and has a name; record, stop and download by keys."""
+    from selenium.webdriver import Keys
+
+    downloads = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", downloads)  # type: ignore[attr-defined]
     page = Page(browser, server.url)
     reached = []
     for _ in range(5):
-        ActionChains(browser).send_keys(Keys.TAB).perform()  # type: ignore[arg-type]
-        active = page.driver.switch_to.active_element  # type: ignore[attr-defined]
-        reached.append(active.get_attribute("id"))
-        assert active.accessible_name, reached
-    assert {"model", "compare", "language", "file", "record"} <= set(reached)
+        page.press(Keys.TAB)
+        reached.append(page.focused().get_attribute("id"))  # type: ignore[attr-defined]
+        assert page.focused().accessible_name, reached  # type: ignore[attr-defined]
+    assert reached == ["model", "compare", "language", "file", "record"]
+    assert page.element("#status").aria_role == "status"  # type: ignore[attr-defined]
+    assert page.element("#error").get_attribute("role") == "alert"  # type: ignore[attr-defined]
+
+    page.press(Keys.SPACE)
+    page.until("document.querySelector('.final') && document.querySelector('.final').textContent.length > 20")
+    page.press(Keys.SPACE)
+    page.until("document.getElementById('status').textContent === 'Done.'")
+    assert page.focused().get_attribute("id") == "record"  # type: ignore[attr-defined]
+    text = page.texts(".final")[0].strip()
+    for kind in ("txt", "srt", "vtt"):
+        page.press(Keys.TAB)
+        assert page.focused().accessible_name == f"Download the text of dual as {kind}"  # type: ignore[attr-defined]
+        page.press(Keys.ENTER)
+        made = tmp_path / f"dual.{kind}"
+        deadline = time.monotonic() + 10
+        while not made.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        lines = made.read_text().splitlines()
+        times = r"\d\d:\d\d:\d\d[.,]\d{3} --> \d\d:\d\d:\d\d[.,]\d{3}"
+        said = [line for line in lines if line and not re.fullmatch(rf"WEBVTT|\d+|{times}", line)]
+        assert " ".join(said) == text
+        assert lines[0] == {"txt": said[0], "srt": "1", "vtt": "WEBVTT"}[kind]
+    assert page.run("document.querySelector('.final').getAttribute('aria-live')") == "polite"
+    assert page.run("document.querySelector('canvas').getAttribute('aria-label')").startswith("Waveform, ")  # type: ignore[attr-defined]

@@ -7,13 +7,10 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +21,7 @@ import numpy as np
 import openai
 import pytest
 from peer import pair, talkative, trained
-from serving import Running, running, wav
+from serving import Running, running, start, wav
 from starlette.types import Message, Receive, Scope, Send
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
@@ -519,22 +516,13 @@ def test_another_sites_page_may_not_listen(random_server: Running) -> None:
 # ----------------------------------------------------------------------------------------------------- the process
 
 
-def start(checkpoint: Path) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "dawhisper", "serve", "--model", str(checkpoint), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert process.stdout
-    line = process.stdout.readline()
-    assert "dawhisper serves tiny.en at http://127.0.0.1:" in line
-    return process, line.split()[-1]
-
-
 def test_the_end_finishes_what_runs_and_a_killed_server_starts_again(tiny_en_path: Path, assets: Path) -> None:
     sentence = np.concatenate([load_audio(assets / "speech.opus"), np.zeros(10 * 16000, np.float32)])
     clip = ("a.wav", wav(np.tile(sentence, 4)))
     for sig in (signal.SIGKILL, signal.SIGTERM):
         process, url = start(tiny_en_path)
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(post, Running(url, None), clip)  # type: ignore[arg-type]
+            answer = pool.submit(post, Running(url, None, None), clip)  # type: ignore[arg-type]
             while "dawhisper_active_requests 1.0" not in httpx.get(url + "/metrics").text:
                 assert not answer.done()
             process.send_signal(sig)

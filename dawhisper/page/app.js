@@ -3,9 +3,12 @@ const RATE = 16000;
 const PER_PEAK = 320; // samples behind one stroke of the waveform: 20 ms
 const MAX_DECODED = 200e6; // bytes of a file that the browser is asked to decode for its waveform
 
+const LOST = "the connection to the server was lost; record again";
+
 const $ = (id) => document.getElementById(id);
 let busy = false;
 let live = null;
+let focused = null;
 let models = [];
 
 // ------------------------------------------------------------------------------------------------------- messages
@@ -19,39 +22,36 @@ function fail(text) {
   $("error").hidden = !text;
 }
 
-async function errorOf(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `the server answered ${response.status}`;
+async function ask(path, options = {}) {
+  const headers = $("key").value ? { Authorization: `Bearer ${$("key").value}` } : {};
+  const response = await fetch(path, { ...options, headers }).catch(() => {
+    throw new Error("the server can't be reached; is it still running?");
+  });
+  if (response.ok) return response;
+  if (response.status === 401) {
+    $("key-label").hidden = false;
+    throw new Error($("key").value ? "the server does not take this key" : "this server asks for a key");
   }
-}
-
-function headers() {
-  return $("key").value ? { Authorization: `Bearer ${$("key").value}` } : {};
+  const body = await response.json().catch(() => null);
+  throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
 }
 
 async function loadModels() {
-  const response = await fetch("v1/models", { headers: headers() });
-  if (response.status === 401) {
-    $("key-label").hidden = false;
-    say("This server asks for a key.");
-    return;
-  }
-  if (!response.ok) throw new Error(await errorOf(response));
-  models = (await response.json()).data;
+  models = (await (await ask("v1/models")).json()).data;
   const named = models.map((m) => new Option(m.dual ? `${m.id} (with gate)` : m.id, m.id));
   $("model").replaceChildren(...named);
   $("compare").replaceChildren(new Option("nothing", ""), ...named.map((o) => o.cloneNode(true)));
   $("compare-label").hidden = models.length < 2;
-  say("");
+  fail("");
 }
 
 function setBusy(on) {
   busy = on;
+  if (on) focused = document.activeElement;
   $("file").disabled = on;
   $("record").disabled = on && !live;
   for (const field of $("options").elements) field.disabled = on;
+  if (!on && document.activeElement === document.body) focused?.focus(); // what is disabled loses the focus
 }
 
 // -------------------------------------------------------------------------------------------------------- results
@@ -189,6 +189,7 @@ function chosenModels() {
 
 async function transcribeFile(file) {
   if (busy || !file) return;
+  if (!models.length) return loadModels().then(() => transcribeFile(file), (error) => fail(error.message));
   fail("");
   setBusy(true);
   $("results").replaceChildren();
@@ -226,8 +227,7 @@ async function transcribeWith(file, result) {
   form.append("include[]", "gate");
   for (const level of ["segment", "word"]) form.append("timestamp_granularities[]", level);
   if ($("language").value.trim()) form.append("language", $("language").value.trim());
-  const response = await fetch("v1/audio/transcriptions", { method: "POST", body: form, headers: headers() });
-  if (!response.ok) throw new Error(await errorOf(response));
+  const response = await ask("v1/audio/transcriptions", { method: "POST", body: form });
   let complete = false;
   for await (const event of eventsOf(response)) {
     if (event.error) throw new Error(event.error.message);
@@ -248,7 +248,7 @@ async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(() => ({ done: true }));
     if (done) return;
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
@@ -260,6 +260,8 @@ async function* eventsOf(response) {
 
 async function startRecording() {
   fail("");
+  busy = true;
+  if (!models.length) await loadModels();
   if (!navigator.mediaDevices) throw new Error("the browser gives the microphone to https pages and localhost only");
   const sound = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } }).catch(() => {
     throw new Error("the microphone can't be used; allow it for this page and check that it is plugged in");
@@ -278,10 +280,13 @@ async function startRecording() {
     );
   socket.onmessage = ({ data }) => heardBack(JSON.parse(data));
   socket.onclose = () => {
-    if (live && !live.done) fail("the connection to the server was lost; record again");
+    if (live && !live.done) fail(LOST);
     closeRecording();
   };
-  await context.audioWorklet.addModule("recorder.js");
+  await context.audioWorklet.addModule("recorder.js").catch(() => {
+    if (live) throw new Error(LOST);
+  });
+  if (!live) return; // closed by the server already
   const recorder = new AudioWorkletNode(context, "recorder");
   recorder.port.onmessage = ({ data }) => {
     if (socket.readyState !== WebSocket.OPEN || !live || live.stopping) return;
@@ -313,6 +318,10 @@ function stopRecording() {
   live.stopping = true;
   live.sound.getTracks().forEach((track) => track.stop());
   if (live.socket.readyState === WebSocket.OPEN) live.socket.send('{"type": "finish"}');
+  else {
+    live.done = true; // nothing was heard yet
+    live.socket.close();
+  }
   $("record").disabled = true;
   say("Finishing …");
 }
@@ -337,10 +346,12 @@ $("file").onchange = () => {
 };
 $("record").onclick = () => {
   if (live) stopRecording();
-  else startRecording().catch((error) => {
-    fail(error.message);
-    closeRecording();
-  });
+  else if (!busy)
+    startRecording().catch((error) => {
+      fail(error.message);
+      busy = false;
+      closeRecording();
+    });
 };
 $("key").onchange = () => loadModels().catch((error) => fail(error.message));
 $("options").onsubmit = (event) => event.preventDefault();
@@ -351,4 +362,4 @@ for (const type of ["dragover", "dragleave", "drop"]) {
     if (type === "drop") transcribeFile(event.dataTransfer.files[0]);
   });
 }
-loadModels().catch((error) => fail(`the server can't be reached: ${error.message}`));
+loadModels().catch((error) => fail(error.message));
