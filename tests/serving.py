@@ -47,7 +47,7 @@ class Running:
 @contextlib.contextmanager
 def running(models: dict[str, Whisper], brief: bool = True, **options: object) -> Iterator[Running]:
     made = ServerOptions(**{"port": 0, **options})  # type: ignore[arg-type]
-    engine = (Brief if brief else Engine)(models, made.batch_size, made.max_queue)
+    engine = (Brief if brief else Engine)(models, made.batch_size, made.max_queue + made.max_live)
     app = create_app(engine, made)
     server = Server(app, made)
     socket = server.config.bind_socket()

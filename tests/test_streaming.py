@@ -25,7 +25,9 @@ import dawhisper
 from dawhisper import vad
 from dawhisper.audio import load_audio
 from dawhisper.cli import main
+from dawhisper.decoding import DecodingOptions, DecodingResult, decode_windows, model_tokenizer
 from dawhisper.errors import OptionError
+from dawhisper.model import AudioFeatures
 from dawhisper.streaming import Stream, StreamOptions, Update, read_pcm, text_of
 
 
@@ -122,6 +124,26 @@ def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPat
     assert words > 100
     assert turns == 60
     assert max(sizes) <= 1.2 * max(sizes[:3])
+
+
+def test_earlier_text_is_context(tiny_en: dawhisper.Whisper, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+    tokenizer = model_tokenizer(tiny_en, "en")
+
+    def decode(model: dawhisper.Whisper, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
+        prompts.append(tokenizer.decode(list(options.prompt or [])))  # type: ignore[arg-type]
+        return decode_windows(model, features, options)
+
+    monkeypatch.setattr("dawhisper.streaming.decode_windows", decode)
+    stream = Stream(tiny_en, StreamOptions(language="en", initial_prompt="A lecture on books."))
+    clip = load_audio(assets / "speech.opus")
+    stream.feed(clip)
+    said = text_of(stream.feed(np.zeros(16000 * 3, np.float32)).words)
+    stream.feed(clip[: 16000 * 2])
+    assert prompts[0] == " A lecture on books."
+    assert prompts[-1].startswith(" A lecture on books. ")
+    assert prompts[-1].endswith(said)
+    assert "establishments" in prompts[-1]
 
 
 def test_gates_of_words() -> None:
