@@ -82,7 +82,7 @@ def test_links_lead_somewhere() -> None:
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small multilingual model in OpenAI's format, for a language that base itself hardly knows."""
     torch.manual_seed(0)
-    model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=5.0)
+    model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=30.0)
     path = tmp_path_factory.mktemp("random") / "base.pt"
     torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, path)
     return path
