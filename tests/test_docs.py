@@ -129,7 +129,7 @@ def azerbaijani(folder: Path, clip: np.ndarray) -> None:
         write_wav(fleurs / "audio" / split / f"{split}.wav", clip)
         row = f"1\t{split}.wav\tMətn {split}.\tmətn {split}\tm ə t n |\t32000\tFEMALE\n"
         (fleurs / f"{split}.tsv").write_text(row, "utf-8")
-    words = "ev yol su dağ bağ çay ana ata dil söz gün ay il daş quş".split()
+    words = ["ev", "yol", "su", "dağ", "bağ", "çay", "ana", "ata", "dil", "söz", "gün", "ay", "il", "daş", "quş"]
     lines = [" ".join(words[(i * k) % 15] for k in range(1, 7)) + "." for i in range(1, 9)]
     for name, part in (("tatoeba_aze.txt", lines[:4]), ("ud_tuecl.txt", lines[4:])):
         (folder / name).write_text("\n".join(part), "utf-8")
