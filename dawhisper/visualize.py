@@ -7,9 +7,11 @@ W words, T encoder positions of 20 ms, L decoder layers.
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,42 @@ def by_word(x: Tensor, rows: list[slice]) -> Tensor:
     return torch.stack([x[row].float().mean(dim=0) for row in rows]).cpu()
 
 
+# ---- explaining ---------------------------------------------------------------------------------------------------
+
+
+def changed_words(view: View, other: View) -> set[int]:
+    """Which words of a view the other one has not, or not at this place; case and punctuation aside."""
+    heard, before = ([re.sub(r"\W", "", w.word).lower() for w in v.words] for v in (view, other))
+    same = SequenceMatcher(None, before, heard, autojunk=False).get_matching_blocks()
+    return set(range(len(heard))) - {i for block in same for i in range(block.b, block.b + block.size)}
+
+
+def changes(views: Sequence[View]) -> list[set[int]]:
+    """For each view the words that are heard otherwise than in the first."""
+    return [changed_words(view, views[0]) for view in views]
+
+
+def how_to_read(views: Sequence[View]) -> list[str]:
+    """What a newcomer has to know to read the picture, a sentence or two each."""
+    told = [
+        "Spectrogram: the sound, time to the right, pitch upwards; the brighter, the louder.",
+        "Attention: each row is a word, dark where the model listens to write it; the line under it shows when it was "
+        "spoken. A stripe through all rows is a moment that every word listens to, often a pause.",
+    ]
+    if any(changes(views)):
+        told.append("Words in red are heard otherwise than without the noise.")
+    first = views[0]
+    if first.secondary is not None and first.gate is not None:
+        told.append(
+            "Gate: how the two branches are mixed for each word and decoder layer; 1 is the speech branch alone."
+        )
+        if torch.allclose(first.primary, first.secondary, atol=1e-4) and float(first.gate.std()) < 1e-4:
+            told.append(
+                "This model's noise branch is untrained: a copy of the speech branch, with the same gate everywhere."
+            )
+    return told
+
+
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
@@ -292,19 +330,26 @@ def as_json(views: Sequence[View], model: str) -> dict[str, Any]:
         "model": model,
         "frame_seconds": 1 / FRAMES_PER_SECOND,
         "position_seconds": 1 / TOKENS_PER_SECOND,
-        "views": [_view(view) for view in views],
+        "how_to_read": how_to_read(views),
+        "views": [_view(view, changed) for view, changed in zip(views, changes(views))],
     }
 
 
-def _view(view: View) -> dict[str, Any]:
+def _view(view: View, changed: set[int]) -> dict[str, Any]:
     made: dict[str, Any] = {
         "title": view.title,
         "text": view.text,
         "language": view.language,
         "seconds": round(view.seconds, 3),
         "words": [
-            {"word": w.word, "start": round(w.start, 3), "end": round(w.end, 3), "probability": round(w.probability, 4)}
-            for w in view.words
+            {
+                "word": w.word,
+                "start": round(w.start, 3),
+                "end": round(w.end, 3),
+                "probability": round(w.probability, 4),
+                "changed": i in changed,  # heard otherwise than in the first view
+            }
+            for i, w in enumerate(view.words)
         ],
         "spectrogram": _rounded(view.spectrogram, 2),
         "primary": _rounded(view.primary, 5),
@@ -332,8 +377,7 @@ def as_html(data: str) -> str:
 
 # ---- the picture --------------------------------------------------------------------------------------------------
 
-SPEECH, NOISE = "#1f5fa8", "#d1590f"  # blue is speech, orange is noise, in every panel
-MANY_WORDS = 45  # beyond, rows of the maps are not labelled
+SPEECH, NOISE, CHANGED = "#1f5fa8", "#d1590f", "#c8102e"  # blue is speech, orange is noise, in every panel
 
 
 def draw(views: Sequence[View], model: str) -> Any:
@@ -341,20 +385,32 @@ def draw(views: Sequence[View], model: str) -> Any:
     from matplotlib.figure import Figure
 
     dual = views[0].gate is not None
-    heights = [1.3, 2.2, 2.2, 1.1] if dual else [1.3, 2.2]
-    width = max(10.0, min(24.0, 0.55 * max(len(v.words) for v in views) + 3)) if len(views) == 1 else 18.0
-    figure = Figure(figsize=(width, 1.9 * sum(heights) + 1.6), layout="constrained")
+    words = max(len(v.words) for v in views)
+    width = min(22.0, max(9.0, 0.35 * words + 3))  # inches, of a column
+    attention = max(4.0, 0.15 * words)
+    heights = [2.5, attention, attention, 2.0] if dual else [2.5, attention]
+    figure = Figure(figsize=(width * len(views), sum(heights) + 3.5), layout="constrained")
     figure.suptitle(f"What {model} hears, and where it listens", fontsize=15, fontweight="bold")
+    lines = [line for told in how_to_read(views) for line in textwrap.wrap(told, round(12 * width * len(views)))]
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=10)
     panels = figure.subplots(len(heights), len(views), squeeze=False, height_ratios=heights)
-    for column, view in zip(panels.T, views):
-        _draw_view(view, column, figure, strip=any(v.noise is not None for v in views))
+    strip = any(v.noise is not None for v in views)
+    for column, view, changed in zip(panels.T, views, changes(views)):
+        _draw_spectrogram(view, column[0], strip, round(9 * width))
+        _draw_branches(view, column[1:], figure)
+        for axes in column:
+            axes.set_xlim(0, view.seconds)
+            for word in view.words:
+                axes.axvline(word.start, color="#888888", linewidth=0.5, alpha=0.5)
+        column[-1].set_xlabel("seconds")
+        _mark(changed, column, view)
     return figure
 
 
-def _draw_view(view: View, panels: Sequence[Any], figure: Any, strip: bool) -> None:
+def _draw_branches(view: View, panels: Sequence[Any], figure: Any) -> None:
+    """Where each branch listens, and the gate; for a single-branch model its one map."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    _draw_spectrogram(view, panels[0], strip)
     blues, oranges, fade = (
         LinearSegmentedColormap.from_list(name, colours)
         for name, colours in (
@@ -363,31 +419,36 @@ def _draw_view(view: View, panels: Sequence[Any], figure: Any, strip: bool) -> N
             ("gate", [NOISE, "#f4f1ea", SPEECH]),
         )
     )
-    kind = "speech branch (primary attention)" if view.gate is not None else "cross-attention"
-    _draw_attention(view, view.primary, panels[1], f"Where the {kind} listens while each word is written", blues)
-    panels[1].plot([], [], color="black", linewidth=1.2, label="where the word was spoken")
-    panels[1].legend(loc="upper right", fontsize=8, framealpha=0.8)
+    kind = "the speech branch (primary attention)" if view.gate is not None else "the cross-attention"
+    _draw_attention(view, view.primary, panels[0], f"Where {kind} listens", blues)
     if view.secondary is not None and view.gate is not None:
         title = "Where the noise branch (secondary attention) listens"
-        _draw_attention(view, view.secondary, panels[2], title, oranges)
-        image = _draw_gate(view, view.gate, panels[3], fade)
-        bar = figure.colorbar(image, ax=panels[3], orientation="horizontal", aspect=60, pad=0.02, ticks=[0, 0.5, 1])
+        _draw_attention(view, view.secondary, panels[1], title, oranges)
+        image = _draw_gate(view, view.gate, panels[2], fade)
+        bar = figure.colorbar(image, ax=panels[2], orientation="horizontal", aspect=60, pad=0.02, ticks=[0, 0.5, 1])
         bar.ax.set_xticklabels(["0: noise branch alone", "0.5: both alike", "1: speech branch alone"])
-    for axes in panels:
-        axes.set_xlim(0, view.seconds)
-        for word in view.words:
-            axes.axvline(word.start, color="#888888", linewidth=0.5, alpha=0.5)
-    panels[-1].set_xlabel("seconds")
 
 
-def _draw_spectrogram(view: View, axes: Any, strip: bool) -> None:
-    """The spectrogram under its words; `strip` leaves room below it for where the noise truly was."""
+def _mark(changed: set[int], panels: Sequence[Any], view: View) -> None:
+    """Colour the names of changed words, above the spectrogram and beside the maps."""
+    above = panels[0].child_axes[0].get_xticklabels()
+    beside = [axes.get_yticklabels() for axes in panels[1 : 3 if view.secondary is not None else 2]]
+    for labels in (above, *beside):
+        for i in changed:
+            labels[i].set_color(CHANGED)
+
+
+def _draw_spectrogram(view: View, axes: Any, strip: bool, columns: int) -> None:
+    """The spectrogram under its words and text, lines of up to `columns` characters.
+
+    strip: leave room below it for where the noise truly was.
+    """
     bands = len(view.spectrogram)
     extent = (0, view.spectrogram.shape[1] / FRAMES_PER_SECOND, 0, bands)
     axes.imshow(view.spectrogram.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma")
-    lines = textwrap.wrap(f"heard ({view.language}): “{view.text}”", 80)
+    lines = textwrap.wrap(f"heard ({view.language}): “{view.text}”", columns)
     lines = lines if len(lines) <= 3 else [*lines[:2], lines[2] + " …"]
-    axes.set_title("\n".join([f"{view.title}", *lines]), loc="left", fontsize=11, pad=8)
+    axes.set_title("\n".join([view.title, *lines]), loc="left", fontsize=11, pad=8)
     words = axes.secondary_xaxis("top")
     words.set_xticks([(w.start + w.end) / 2 for w in view.words], [w.word for w in view.words])
     words.tick_params(rotation=55, labelsize=9, length=2)
@@ -411,12 +472,11 @@ def _draw_attention(view: View, attention: Tensor, axes: Any, title: str, colour
     axes.imshow(shown.numpy(), aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
     for row, word in enumerate(view.words):  # where the word was spoken
         axes.plot([word.start, word.end], [row + 1, row + 1], color="black", linewidth=1.2, solid_capstyle="butt")
-    if len(view.words) <= MANY_WORDS:
-        axes.set_yticks(np.arange(len(view.words)) + 0.5, [w.word for w in view.words], fontsize=8)
+    axes.set_yticks(np.arange(len(view.words)) + 0.5, [w.word for w in view.words], fontsize=8)
     axes.set_ylabel("word being written")
     if view.noise is not None:
         shares = 100 * view.on_noise(attention), 100 * float((view.noise > 0.5).float().mean())
-        title += ": {:.0f}% of it on noise (which is louder {:.0f}% of the time)".format(*shares)
+        title += "\n{:.0f}% of it where noise is louder than speech, which is {:.0f}% of the time".format(*shares)
     axes.set_title(title, loc="left", fontsize=10)
 
 

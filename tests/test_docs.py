@@ -1,75 +1,91 @@
-"""Every command of the documents is parsed, and those of README, transcribe.md and adapt.md are run on small data.
+"""Every command of README.md and docs/*.md is run as it stands, on small data, and their Python too.
 
-`base` is replaced by a real model from the weights folder (tiny.en, or base where a language is asked for), training
-is cut to one step; nothing is installed or fetched.
+`base` is replaced by a real model from the weights folder (tiny.en, or base where a language is asked for; for
+Azerbaijani a small random one), training is cut to one step. Nothing is installed or fetched: the lines of the
+installation are those of .ci/run. A line that can't be run stands under <!-- not run by the tests: REASON -->.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import runpy
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from peer import MULTILINGUAL, talkative
 from test_cli import write_wav
 from test_transcribe import noise
 
+import dawhisper
 import train
-from dawhisper import cli, load_audio
+from dawhisper import cli, load_audio, streaming
+from dawhisper.model import Whisper
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-RUN = ("README.md", "transcribe.md", "adapt.md")
-ELSEWHERE = ("serve", "stream", "bench")  # run by tests of their own: they end with a signal, or take long
+INSTALLATION = (r"python3 -m venv \.venv", r"\. \.venv/bin/activate", r"pip install -e '[^']+'", r"python -m pytest")
+NOT_RUN = r"^<!-- not run by the tests: .+ -->\n```bash\n.*?^```\n"
 SMALL = [
     *("device=cpu", "loop.steps=1", "loop.compile=off", "data.batch_size=1", "data.workers=0", "optim.warmup=1"),
-    *(
-        "evaluate.kinds=white",
-        "evaluate.clips=1",
-        "evaluate.per_clip=1",
-        "evaluate.max_tokens=4",
-        "objective.encoder=0",
-    ),
+    *("evaluate.kinds=white", "evaluate.clips=1", "evaluate.per_clip=1", "evaluate.max_tokens=4"),
+    "objective.encoder=0",
 ]
 
 
 def commands(path: Path) -> list[str]:
-    """The lines of the fenced bash blocks; what stands behind the installation in the same line counts too."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [part.strip() for block in blocks for line in block.splitlines() for part in re.split(r"&&| \| ", line)]
-    return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
-
-
-def arguments(line: str, program: str) -> list[str] | None:
-    """The words behind a program's name, None for another program's line."""
-    words = shlex.split(line)
-    return words[words.index(program) + 1 :] if program in words else None
+    """The lines of the fenced bash blocks, but for the installation: parts of && and | apart, arrays filled in."""
+    text = re.sub(NOT_RUN, "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found, arrays = [], {}
+    for line in (line for block in blocks for line in block.splitlines() if line and not line.startswith("#")):
+        if array := re.fullmatch(r"(\w+)=\((.*)\)", line):
+            arrays[f'"${{{array[1]}[@]}}"'] = array[2]
+            continue
+        for name, value in arrays.items():
+            line = line.replace(name, value)
+        parts = [part.split("  #")[0].strip() for part in re.split(r"&&| \| ", line)]
+        found += [part for part in parts if not any(re.fullmatch(known, part) for known in INSTALLATION)]
+    return found
 
 
 def test_documents_have_commands() -> None:
-    assert {path.name for path in DOCUMENTS} >= {*RUN, "serve.md", "compare.md"}
+    assert {path.name for path in DOCUMENTS} >= {"README.md", "transcribe.md", "adapt.md", "serve.md", "compare.md"}
     assert all(commands(path) for path in DOCUMENTS if path.name != "compare.md")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_parse(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    handlers = [name for name in vars(cli) if re.fullmatch(r"_[a-z]+", name) and f"{name}_parser" in vars(cli)]
-    for name in handlers:
-        monkeypatch.setattr(cli, name, lambda **options: 0)
-    for line in commands(path):
-        words = arguments(line, "dawhisper")
-        if words is not None and f"_{words[0]}" in handlers:
-            assert cli.main(words) == 0, line
-        if (words := arguments(line, "train.py")) is not None:
-            assert (ROOT / words[0]).is_file(), line
+def test_the_installation_is_that_of_ci() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -q --disable-pip-version-check -e '.[train,test]'" in ci
+    assert "python -m pytest" in ci
 
 
 def test_links_lead_somewhere() -> None:
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text("utf-8")):
-            if target != "azerbaijani.md" or (ROOT / "docs" / target).exists():
-                assert (path.parent / target).exists(), f"{path.name}: {target}"
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.fixture(scope="module")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small multilingual model in OpenAI's format, for a language that base itself hardly knows."""
+    torch.manual_seed(0)
+    model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=30.0)
+    path = tmp_path_factory.mktemp("random") / "base.pt"
+    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, path)
+    return path
 
 
 @pytest.fixture
@@ -87,41 +103,140 @@ def place(tmp_path: Path) -> Path:
             write_wav(folder / name / str(i) / "clip.wav", speech[i * 8000 : 32000 + i * 8000])
             if name != "recordings":
                 (folder / name / str(i) / "clip.txt").write_text("modern printers understand this")
-    for name in ("noise", "NOISE_FOLDER"):
+    for name in ("noise", "noise_dev", "NOISE_FOLDER"):
         (folder / name).mkdir()
         write_wav(folder / name / "hum.wav", 0.3 * noise(3))
-    line = '{"audio": "recording.wav", "text": "modern printers understand", "language": "en", "duration": 2.0}\n'
-    for name in ("MANIFEST", "train.jsonl"):
+    line = '{"audio": "%s", "text": "modern printers understand", "language": "en", "duration": 2.0}\n'
+    line %= folder / "recording.wav"
+    (folder / "english_test").mkdir()
+    for name in ("MANIFEST", "train.jsonl", "english_test/manifest.jsonl"):
         (folder / name).write_text(line * 2)
     (folder / "DIR").mkdir()
+    azerbaijani(folder, speech[:32000])
     return folder
 
 
-@pytest.mark.parametrize("name", RUN)
+def azerbaijani(folder: Path, clip: np.ndarray) -> None:
+    """Common Voice and FLEURS as they are unpacked, and sentences to be read by a synthesiser."""
+    voice, fleurs = folder / "cv-corpus" / "az", folder / "fleurs" / "az_az"
+    (voice / "clips").mkdir(parents=True)
+    write_wav(voice / "clips" / "a.mp3", clip)
+    columns = ("client_id", "path", "sentence", "locale")
+    rows = [columns, ("speaker", "a.mp3", "Salam, dünya", "az")]
+    (voice / "validated.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8")
+    for split in ("train", "dev", "test"):
+        (fleurs / "audio" / split).mkdir(parents=True)
+        write_wav(fleurs / "audio" / split / f"{split}.wav", clip)
+        row = f"1\t{split}.wav\tMətn {split}.\tmətn {split}\tm ə t n |\t32000\tFEMALE\n"
+        (fleurs / f"{split}.tsv").write_text(row, "utf-8")
+    words = ["ev", "yol", "su", "dağ", "bağ", "çay", "ana", "ata", "dil", "söz", "gün", "ay", "il", "daş", "quş"]
+    lines = [" ".join(words[(i * k) % 15] for k in range(1, 7)) + "." for i in range(1, 9)]
+    for name, part in (("tatoeba_aze.txt", lines[:4]), ("ud_tuecl.txt", lines[4:])):
+        (folder / name).write_text("\n".join(part), "utf-8")
+
+
+class Reader:
+    """Runs the commands of a document one after the other, as a reader would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray, converted: Path):
+        self.monkeypatch, self.samples, self.converted = monkeypatch, samples, converted
+        self.url = ""  # of the server, once there is one
+        self.servers: list[subprocess.Popen[str]] = []
+
+    def run(self, line: str, model: Path) -> None:
+        words = shlex.split(line)
+        if words[0] == "dawhisper":
+            self.dawhisper(words[1:], model)
+        elif "train.py" in words:
+            self.train(words[words.index("train.py") + 1 :], model)
+        elif words[0] == "curl":
+            url = words.pop().replace("http://127.0.0.1:8000", self.url)
+            answer = subprocess.run([*words, "-sf", url], check=True, capture_output=True, text=True).stdout
+            assert "text" in answer
+        elif words[0] == "python" and words[1].startswith("benchmarks/"):
+            self.monkeypatch.setattr(sys, "argv", [*words[1:], "--dev", "1", "--test", "2"])
+            with pytest.raises(SystemExit) as done:
+                runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+            assert not done.value.code
+        elif words[0] != "ffmpeg":  # it only makes the samples for a pipe
+            pytest.fail(f"nobody runs this command: {line}")
+
+    def dawhisper(self, words: list[str], model: Path) -> None:
+        if words[0] == "serve":
+            self.serve([f"base={model}" if word == "base" else word for word in words])
+            return
+        words = [str(model) if word == "base" else word for word in words]
+        if words[0] in ("transcribe", "visualize", "bench", "stream") and "--model" not in words:
+            words += ["--model", str(model)]
+        if words[0] == "evaluate":
+            words += ["--limit", "1", "--bootstrap-samples", "10", "--snr", "0", "--kinds", "clean", "white"]
+        if words[0] == "quantize" and "--manifest" in words:
+            words += ["--limit", "1"]
+        if words[0] == "bench":
+            words += ["--device", "cpu", "--threads", "1", "--converted", str(self.converted)]
+        if words[0] == "stream":  # of all this only the microphone is not there
+            data = (self.samples * 32767).astype("<i2").tobytes()
+            self.monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+            self.monkeypatch.setattr(streaming, "read_microphone", lambda seconds, device: iter([self.samples]))
+        assert cli.main(words) == 0, words
+
+    def train(self, words: list[str], model: Path) -> None:
+        start = "teacher" if "stage2" in words[0] else "name"  # stage 2 starts from what stage 1 wrote
+        shutil.rmtree(Path("runs") / Path(words[0]).stem, ignore_errors=True)
+        assert train.main([str(ROOT / words[0]), *words[1:], f"model.{start}={model}", *SMALL]) == 0, words
+
+    def serve(self, words: list[str]) -> None:
+        command = [sys.executable, "-m", "dawhisper", *words, "--port", "0", "--device", "cpu"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.servers.append(server)
+        assert server.stdout
+        self.url = server.stdout.readline().split()[-1]
+        assert self.url.startswith("http://")
+
+    def leave(self) -> None:
+        for server in self.servers:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) in (0, -signal.SIGTERM)
+
+
+@contextmanager
+def reader(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[Reader]:
+    made = Reader(monkeypatch, load_audio(place / "recording.wav"), place / "converted")
+    try:
+        yield made
+    finally:
+        made.leave()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 @pytest.mark.timeout(600)
 def test_commands_run(
-    name: str, place: Path, tiny_en_path: Path, base_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, place: Path, tiny_en_path: Path, base_path: Path, random_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    path = ROOT / name if name == "README.md" else ROOT / "docs" / name
-    for line in commands(path):
-        model = base_path if {"translate", "fr"} & set(line.split()) else tiny_en_path
-        if (words := arguments(line, "dawhisper")) is not None:
-            if words[0] in ELSEWHERE:
-                continue
-            words = [str(model) if word == "base" else word for word in words]
-            if words[0] == "transcribe" and "--model" not in words:
-                words += ["--model", str(model)]
-            if words[0] == "visualize" and "--model" not in words:
-                words += ["--model", str(model)]
-            if words[0] == "evaluate":
-                words += ["--limit", "1", "--bootstrap-samples", "10", "--snr", "0", "--kinds", "clean", "white"]
-            assert cli.main(words) == 0, line
-        elif (words := arguments(line, "train.py")) is not None:
-            small = [f"model.name={tiny_en_path}", *SMALL]
-            assert train.main([str(ROOT / words[0]), *words[1:], *small]) == 0, line
-    if name == "adapt.md":
+    lines = commands(path)
+    if shutil.which("espeak-ng") is None and any("synthetic" in line for line in lines):
+        pytest.skip("espeak-ng is not installed")
+    with reader(monkeypatch, place) as made:
+        for line in lines:
+            foreign = {"translate", "fr"} & set(line.split())
+            model = random_base if path.name == "azerbaijani.md" else base_path if foreign else tiny_en_path
+            made.run(line, model)
+    if path.name == "adapt.md":
         assert (place / "runs/base_noise/best.safetensors").is_file()
-    if name == "transcribe.md":
+    if path.name == "transcribe.md":
         assert (place / "out" / "recording.srt").is_file()
         assert (place / "onnx" / "decoder.onnx").is_file()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_runs(
+    path: Path, place: Path, tiny_en_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    load = dawhisper.load_model
+    monkeypatch.setattr(dawhisper, "load_model", lambda name: load(tiny_en_path if name == "base" else name))
+    for code in re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        exec(code, {})
+        assert "odern" in capsys.readouterr().out

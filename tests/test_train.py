@@ -316,6 +316,8 @@ def test_the_distil_recipe_takes_a_dual_teacher(world: dict[str, Path], tmp_path
     student = load_model(tmp_path / "out" / "last.safetensors", device="cpu")
     assert student.dual == teacher.dual
     assert (student.dims.n_audio_layer, student.dims.n_text_layer) == (2, 2)
+    kept, given = student.encoder.state_dict(), teacher.encoder.state_dict()
+    assert all(torch.equal(kept[name].half(), given[name].half()) for name in kept if name != "mixture")
 
 
 def test_distillation_to_fewer_layers(world: dict[str, Path], tmp_path: Path) -> None:

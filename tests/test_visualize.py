@@ -19,7 +19,19 @@ from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import Trace, Whisper
-from dawhisper.visualize import View, VisualizeOptions, draw, look, mix, n_positions, noise_share
+from dawhisper.timing import Word
+from dawhisper.visualize import (
+    View,
+    VisualizeOptions,
+    as_json,
+    changed_words,
+    draw,
+    how_to_read,
+    look,
+    mix,
+    n_positions,
+    noise_share,
+)
 
 TEXT = "one two, three four"
 
@@ -97,6 +109,41 @@ def test_noise_is_found_where_it_was_put() -> None:
     attention[0, 20:30] = 0.1
     view = View("", "", "en", 2.0, torch.zeros(80, 200), [], attention, noise=share)
     assert view.on_noise(attention) == pytest.approx(0.5)
+
+
+def test_words_heard_otherwise_are_marked(dual: Whisper) -> None:
+    clean = seen(dual)
+    noisy = seen(dual, text="One too, three and four.")
+    assert changed_words(noisy, clean) == {1, 3}
+    assert not changed_words(clean, clean)
+    first, second = as_json([clean, noisy], "m")["views"]
+    assert [w["changed"] for w in second["words"]] == [False, True, False, True, False]
+    assert not any(w["changed"] for w in first["words"])
+    panels = draw([clean, noisy], "m").axes
+    red = [t.get_text() for a in panels for t in a.get_yticklabels() if t.get_color() == "#c8102e"]
+    assert red == ["too,", "and"] * 2  # beside both maps
+
+
+def test_every_picture_says_how_it_is_read(dual: Whisper) -> None:
+    clean, noisy, stock = seen(dual), seen(dual, text="One too"), seen(pair()[0])
+    assert "red" in " ".join(how_to_read([clean, noisy]))
+    told = " ".join(how_to_read([clean]))
+    assert "Gate" in told
+    assert "red" not in told
+    assert "untrained" not in told
+    assert "Gate" not in " ".join(how_to_read([stock]))
+    untrained = View(
+        "",
+        "",
+        "en",
+        1.0,
+        clean.spectrogram,
+        [Word("a", 0, 1, 1)],
+        clean.primary,
+        clean.primary,
+        torch.full((4, 2), 0.8),
+    )
+    assert "untrained" in " ".join(how_to_read([untrained]))
 
 
 def test_mixtures_have_the_snr_asked_for() -> None:
