@@ -115,12 +115,13 @@ class Targets:
         if chosen is None:
             return Target(prefix, [IGNORE] * len(prefix), 0, len(prefix) - 1, False)
         body = self.encode(chosen[0], language)
+        n = len(body) + 2  # with its time stamp, drawn or not: what fits once must fit at every draw
+        if n > o.max_tokens or len(prefix) + n > o.n_text_ctx + 1:
+            raise DataError(f"text too long: {n} tokens, more than {min(o.n_text_ctx, o.max_tokens)}")
         if stamped:
             body.append(tokenizer.timestamp_begin + round(n_samples / N_SAMPLES_PER_TOKEN))
         body.append(tokenizer.eot)
         room = o.n_text_ctx + 1 - len(prefix) - len(body)
-        if room < 0 or len(body) > o.max_tokens:
-            raise DataError(f"text too long: {len(body)} tokens, more than {min(o.n_text_ctx, o.max_tokens)}")
         prompt: list[int] = []
         before = self.choose(previous) if previous is not None and draw_prompt < o.prompt else None
         if before is not None and room > 1:

@@ -185,6 +185,10 @@ def test_too_long_texts_are_refused_and_prompts_are_cut() -> None:
     long = Utterance("a", "word " * 600, 20.0, "en")
     with pytest.raises(DataError, match="text too long"):
         Targets(PLAIN)(long, 320000, rng)
+    edge = Utterance("a", "word " * 10, 5.0, "en")  # 10 tokens, an end and, in some draws, a time stamp
+    for timestamps in (0, 1):
+        with pytest.raises(DataError, match="12 tokens, more than 11"):
+            Targets(TargetOptions(timestamps=timestamps, max_tokens=11))(edge, 80000, rng)
     prompted = Targets(TargetOptions(timestamps=0, prompt=1))
     for words in (3, 300, 430):
         t = prompted(Utterance("b", "word " * words, 20.0, "en"), 320000, rng, long)
