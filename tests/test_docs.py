@@ -177,7 +177,7 @@ class Reader:
         if words[0] == "stream":  # of all this only the microphone is not there
             data = (self.samples * 32767).astype("<i2").tobytes()
             self.monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-            self.monkeypatch.setattr(streaming, "read_microphone", lambda seconds, device: iter([self.samples]))
+            self.monkeypatch.setattr(streaming, "read_microphone", lambda device: iter([self.samples]))
         assert cli.main(words) == 0, words
 
     def train(self, words: list[str], model: Path) -> None:
