@@ -396,8 +396,9 @@ class MemoryLoader(Loader):
             targets = [reader._target(item, n) for item, n in zip(plan.items, n_samples)]
             lengths = torch.tensor(n_samples)
             time = torch.arange(padded_samples(max(n_samples)), device=self.device)
-            length = lengths.to(self.device)[:, None]
-            position = self._offsets[rows].to(self.device)[:, None] + torch.minimum(time, length - 1)
+            length = lengths.to(self.device, non_blocking=True)[:, None]  # a plain .to waits for all queued work
+            offset = self._offsets[rows].to(self.device, non_blocking=True)[:, None]
+            position = offset + torch.minimum(time, length - 1)
             yield {
                 "audio": self._audio[position] * (time < length),
                 "lengths": lengths,

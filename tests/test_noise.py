@@ -395,3 +395,18 @@ def test_gpu_makes_the_mixtures_of_the_cpu() -> None:
         assert a.kind == b.kind and torch.equal(a.lengths, b.lengths.cpu())
         for name in ("audio", "clean", "noise"):
             assert (getattr(a, name) - getattr(b, name).cpu()).abs().max() < 1e-4, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_augmentation_never_waits_for_the_device() -> None:
+    speech, lengths = (x.cuda() for x in voices())
+    clips = [b.data[o : o + n].numpy() for b in (bank(),) for o, n in zip(b.offsets.tolist(), b.lengths.tolist())]
+    rooms = [b.data[o : o + n].numpy() for b in (rirs(),) for o, n in zip(b.offsets.tolist(), b.lengths.tolist())]
+    gpu = Augment(EVERYTHING, NoiseBank(clips, "cuda"), NoiseBank(rooms, "cuda"))
+    gpu(speech, lengths, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(10):
+            gpu(speech, lengths, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
