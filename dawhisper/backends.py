@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .audio import N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
+from .audio import HOP_LENGTH, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 from .checkpoint import available_models, load_model
 from .errors import CheckpointError, OptionError, near_names
 
@@ -154,10 +154,10 @@ class Ours:
         return [r.text for r in results]  # type: ignore[union-attr]
 
     def mel(self, audio: Sequence[np.ndarray]) -> torch.Tensor:
-        """-> [B, n_mels, 3000] on the model's device; whole seconds where the model was trained without padding"""
-        length = N_SAMPLES
-        if self.model.variable_audio_ctx:
-            length = min(N_SAMPLES, -(-max(map(len, audio)) // SAMPLE_RATE) * SAMPLE_RATE)
+        """-> [B, n_mels, 3000] on the model's device; fewer frames where the model was trained for that"""
+        from .transcribe import padded_frames
+
+        length = padded_frames(self.model, -(-max(map(len, audio)) // HOP_LENGTH)) * HOP_LENGTH
         windows = torch.from_numpy(np.stack([pad_or_trim(x, length) for x in audio])).to(self.model.device)
         return log_mel_spectrogram(windows, self.model.dims.n_mels)
 
