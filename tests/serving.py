@@ -65,11 +65,17 @@ def running(models: dict[str, Whisper], brief: bool = True, **options: object) -
         assert not engine.alive
 
 
-def start(checkpoint: Path) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "dawhisper", "serve", "--model", str(checkpoint), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+def launch(words: list[str]) -> tuple[subprocess.Popen[str], str]:
+    """`dawhisper serve` with these words, in a process of its own, and the line that it says once it serves."""
+    command = [sys.executable, "-m", "dawhisper", "serve", *words, "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout
-    line = process.stdout.readline()
+    return process, process.stdout.readline()
+
+
+def start(checkpoint: Path) -> tuple[subprocess.Popen[str], str]:
+    process, line = launch(["--model", str(checkpoint)])
     assert "dawhisper serves tiny.en at http://127.0.0.1:" in line
     return process, line.split()[-1]
 

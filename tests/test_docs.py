@@ -8,7 +8,6 @@ installation are those of .ci/run. A line that can't be run stands under <!-- no
 from __future__ import annotations
 
 import io
-import os
 import re
 import runpy
 import shlex
@@ -26,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from peer import MULTILINGUAL, talkative
+from serving import launch
 from test_cli import write_wav
 from test_transcribe import noise
 
@@ -163,7 +163,7 @@ class Reader:
 
     def dawhisper(self, words: list[str], model: Path) -> None:
         if words[0] == "serve":
-            self.serve([f"base={model}" if word == "base" else word for word in words])
+            self.serve([f"base={model}" if word == "base" else word for word in words[1:]])
             return
         words = [str(model) if word == "base" else word for word in words]
         if words[0] in ("transcribe", "visualize", "bench", "stream") and "--model" not in words:
@@ -186,12 +186,9 @@ class Reader:
         assert train.main([str(ROOT / words[0]), *words[1:], f"model.{start}={model}", *SMALL]) == 0, words
 
     def serve(self, words: list[str]) -> None:
-        command = [sys.executable, "-m", "dawhisper", *words, "--port", "0", "--device", "cpu"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        server, line = launch(words)
         self.servers.append(server)
-        assert server.stdout
-        self.url = server.stdout.readline().split()[-1]
+        self.url = line.split()[-1]
         assert self.url.startswith("http://")
 
     def leave(self) -> None:

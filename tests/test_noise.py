@@ -384,12 +384,19 @@ def test_noise_without_any_kind_is_an_error() -> None:
     assert (low, high) == (-5.0, 10.0)
 
 
+def on_gpu() -> Augment:
+    """What `augment` makes, with its recordings on a GPU."""
+    banks = (
+        NoiseBank([b.data[o : o + n].numpy() for o, n in zip(b.offsets.tolist(), b.lengths.tolist())], "cuda")
+        for b in (bank(), rirs())
+    )
+    return Augment(EVERYTHING, *banks)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_makes_the_mixtures_of_the_cpu() -> None:
     speech, lengths = voices()
-    clips = [b.data[o : o + n].numpy() for b in (bank(),) for o, n in zip(b.offsets.tolist(), b.lengths.tolist())]
-    rooms = [b.data[o : o + n].numpy() for b in (rirs(),) for o, n in zip(b.offsets.tolist(), b.lengths.tolist())]
-    gpu = Augment(EVERYTHING, NoiseBank(clips, "cuda"), NoiseBank(rooms, "cuda"))
+    gpu = on_gpu()
     for step in range(10):
         a, b = augment()(speech, lengths, step), gpu(speech.cuda(), lengths.cuda(), step)
         assert a.kind == b.kind and torch.equal(a.lengths, b.lengths.cpu())
@@ -400,9 +407,7 @@ def test_gpu_makes_the_mixtures_of_the_cpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_augmentation_never_waits_for_the_device() -> None:
     speech, lengths = (x.cuda() for x in voices())
-    clips = [b.data[o : o + n].numpy() for b in (bank(),) for o, n in zip(b.offsets.tolist(), b.lengths.tolist())]
-    rooms = [b.data[o : o + n].numpy() for b in (rirs(),) for o, n in zip(b.offsets.tolist(), b.lengths.tolist())]
-    gpu = Augment(EVERYTHING, NoiseBank(clips, "cuda"), NoiseBank(rooms, "cuda"))
+    gpu = on_gpu()
     gpu(speech, lengths, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
