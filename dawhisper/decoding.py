@@ -320,7 +320,7 @@ def windows_features(model: Whisper, audio: Tensor | AudioFeatures) -> tuple[Aud
     if audio.ndim != 3:
         raise OptionError(f"a mel spectrogram has 2 or 3 dimensions, not {list(audio.shape)}")
     if audio.shape[1:] == (model.dims.n_audio_ctx, model.dims.n_audio_state):  # encoded already
-        if model.encoder.mixture is not None:
+        if model.dual is not None and model.dual.own_memory:
             raise OptionError("this model's decoder reads two memories; pass the AudioFeatures of model.encode(mel)")
         return AudioFeatures(audio, audio), single
     if audio.shape[1] != model.dims.n_mels:

@@ -267,7 +267,7 @@ def load_onnx(folder: Path) -> Whisper:
         raise CheckpointError(f"{folder / CONFIG}: not that of an exported model; export the model again") from e
     with torch.device("meta"):
         model = Whisper(dims, dual, variable)
-    model.encoder = OnnxEncoder(_session(folder / "encoder.onnx"), dual)  # type: ignore[assignment]
+    model.encoder = OnnxEncoder(_session(folder / "encoder.onnx"))  # type: ignore[assignment]
     model.decoder = OnnxDecoder(_session(folder / "decoder.onnx"), dims, dtype)  # type: ignore[assignment]
     model.alignment_heads = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)  # no attention to read
     return model.eval()
@@ -290,10 +290,9 @@ def _session(path: Path) -> Any:
 class OnnxEncoder(nn.Module):
     """AudioEncoder's place: mel -> AudioFeatures that hold keys and values, [B, L, H, T, e] each."""
 
-    def __init__(self, session: Any, dual: DualOptions | None):
+    def __init__(self, session: Any):
         super().__init__()
         self.session = session
-        self.mixture = dual if dual is not None and dual.layer_mixture else None  # decoding asks whether there is one
 
     def forward(self, mel: Tensor) -> AudioFeatures:
         cross = [torch.from_numpy(x) for x in self.session.run(None, {"mel": mel.contiguous().numpy()})]

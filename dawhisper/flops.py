@@ -45,7 +45,8 @@ def forward_flops(dims: ModelDimensions, dual: DualOptions | None, n_frames: int
     """FLOPs of one window's forward pass: n_frames encoder positions (1500 for 30 s), n_tokens decoder positions."""
     t, n, d = n_frames, n_tokens, dims.n_audio_state
     convolutions = 2 * 3 * d * (2 * t * dims.n_mels + t * d)
-    encoder = dims.n_audio_layer * (2 * 12 * d * d * t + 4 * t * t * d)
+    layers = dims.n_audio_layer + (0 if dual is None else dual.memory_layers)
+    encoder = layers * (2 * 12 * d * d * t + 4 * t * t * d)
     d = dims.n_text_state
     branches = 1 if dual is None else 2
     self_attention = 2 * 4 * d * d * n + 2 * n * n * d

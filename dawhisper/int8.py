@@ -50,7 +50,7 @@ def quantize(model: Whisper) -> Whisper:
     def packed(linear: nn.Linear) -> Int8Linear:
         return Int8Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+    for block in [*model.encoder.blocks, *model.encoder.secondary_blocks, *model.decoder.blocks]:
         for part in [block.mlp, *(m for m in block.modules() if isinstance(m, MultiHeadAttention))]:
             for name, linear in list(part.named_children()):
                 if isinstance(linear, nn.Linear):

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SECOND_BRANCH = ("mixture", "noise_embed", "noise_scale", "secondary_attn", "gate")
+SECOND_BRANCH = (
+    "secondary_blocks",
+    "secondary_ln_post",
+    "mixture",
+    "noise_embed",
+    "noise_scale",
+    "secondary_attn",
+    "gate",
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,15 @@ class ModelDimensions:
 class DualOptions:
     """The second branch of the decoder.
 
-    layer_mixture: the secondary reads a learned mixture of all encoder layers; off: the encoder's output.
+    memory_layers: the secondary's memory has its own copies of the encoder's last so many layers, which can learn to
+    hear through noise while the primary's stay as they are; 0: both branches share the whole encoder.
+    layer_mixture: the secondary reads a learned mixture of all encoder layers; off: the last one's output alone.
     n_noise_embed: learned noise embeddings that the secondary reads beside the audio; 0 switches them off.
     gate_hidden: width of the gate's hidden layer; gate_init: the gate's value before training, in (0, 1).
     init: "copy" starts the secondary as the primary's copy, which computes exactly what Whisper does; "random".
     """
 
+    memory_layers: int = 0
     layer_mixture: bool = True
     n_noise_embed: int = 8
     gate_hidden: int = 64
@@ -60,13 +71,20 @@ class DualOptions:
             raise ValueError(f"DualOptions.init is 'copy' or 'random', not {self.init!r}")
         if not 0 < self.gate_init < 1:
             raise ValueError(f"DualOptions.gate_init lies between 0 and 1, not {self.gate_init}")
+        if self.memory_layers < 0:
+            raise ValueError(f"DualOptions.memory_layers is 0 or more, not {self.memory_layers}")
+
+    @property
+    def own_memory(self) -> bool:
+        """Whether the secondary reads something else than the primary."""
+        return self.layer_mixture or self.memory_layers > 0
 
 
 class AudioFeatures(NamedTuple):
-    """What the decoder attends to: the encoder output for the primary, its mixture for the secondary branch."""
+    """What the decoder attends to: the encoder output for the primary, a memory of its own for the secondary branch."""
 
     primary: Tensor  # [B, T, d]
-    secondary: Tensor  # [B, T, d]; the same tensor as `primary` where there is no layer mixture
+    secondary: Tensor  # [B, T, d]; the same tensor as `primary` without DualOptions.own_memory
 
 
 @dataclass
@@ -189,8 +207,26 @@ class AudioEncoder(nn.Module):
         self.register_buffer("positional_embedding", sinusoids(dims.n_audio_ctx, d))
         self.blocks = nn.ModuleList(EncoderBlock(d, dims.n_audio_head) for _ in range(dims.n_audio_layer))
         self.ln_post = nn.LayerNorm(d)
+        self.secondary_blocks = nn.ModuleList()  # these three: see add_second_branch
+        self.secondary_ln_post: nn.LayerNorm | None = None
         self.mixture: nn.Parameter | None = None
         self.gradient_checkpointing = False
+
+    def add_second_branch(self, dual: DualOptions) -> None:
+        d, n_layer = self.ln_post.weight.numel(), len(self.blocks)
+        if dual.memory_layers > n_layer:
+            raise ValueError(f"DualOptions.memory_layers is {dual.memory_layers}; the encoder has {n_layer} layers")
+        if dual.memory_layers:
+            n_head = self.blocks[0].attn.n_head  # type: ignore[union-attr]
+            self.secondary_blocks.extend(EncoderBlock(d, n_head) for _ in range(dual.memory_layers))  # type: ignore[arg-type]
+            self.secondary_ln_post = nn.LayerNorm(d)
+            if dual.init == "copy":
+                self.secondary_blocks.load_state_dict(self.blocks[n_layer - dual.memory_layers :].state_dict())  # type: ignore[attr-defined]
+                self.secondary_ln_post.load_state_dict(self.ln_post.state_dict())
+        if dual.layer_mixture:
+            mixture = torch.zeros(n_layer)
+            mixture[-1] = 1
+            self.mixture = nn.Parameter(mixture)
 
     def forward(self, mel: Tensor) -> AudioFeatures:
         """mel [B, n_mels, 2T] -> features [B, T, d] of both branches."""
@@ -199,18 +235,25 @@ class AudioEncoder(nn.Module):
         if x.shape[1] > self.positional_embedding.shape[0]:
             raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
         x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # under autocast the layers stay in half precision
-        mixed: Tensor | None = None
-        for layer, block in enumerate(self.blocks):
-            x = maybe_checkpoint(self, block, x)
-            if self.mixture is not None and layer < len(self.blocks) - 1:
-                # layers differ in scale, so each is normalised before it is weighed
-                weighed = self.mixture[layer] * F.layer_norm(x, x.shape[-1:])
-                mixed = weighed if mixed is None else mixed + weighed
-        x = self.ln_post(x)
+        layers = [x]
+        for block in self.blocks:
+            layers.append(maybe_checkpoint(self, block, layers[-1]))
+        x = self.ln_post(layers[-1])
+        return AudioFeatures(x, self.secondary_memory(layers, x))
+
+    def secondary_memory(self, layers: list[Tensor], last: Tensor) -> Tensor:
+        """What the secondary reads [B, T, d], from what each block heard and gave, and the encoder output."""
+        if self.secondary_ln_post is not None:
+            y = layers[-1 - len(self.secondary_blocks)]
+            for block in self.secondary_blocks:
+                y = maybe_checkpoint(self, block, y)
+            last = self.secondary_ln_post(y)
         if self.mixture is None:
-            return AudioFeatures(x, x)
-        last = self.mixture[-1] * x
-        return AudioFeatures(x, last if mixed is None else mixed + last)
+            return last
+        memory = self.mixture[-1] * last
+        for weight, x in zip(self.mixture, layers[1:-1]):
+            memory = memory + weight * F.layer_norm(x, x.shape[-1:])  # layers differ in scale: each is normalised
+        return memory
 
 
 class DecoderBlock(nn.Module):
@@ -468,11 +511,8 @@ class Whisper(nn.Module):
         """Give a single-branch decoder its second branch; with init="copy" the model still computes the same."""
         if self.dual is not None:
             raise ValueError("the model has its second branch already")
+        self.encoder.add_second_branch(dual)
         self.dual = dual
-        if dual.layer_mixture:
-            mixture = torch.zeros(self.dims.n_audio_layer)
-            mixture[-1] = 1
-            self.encoder.mixture = nn.Parameter(mixture)
         if dual.n_noise_embed:
             self.decoder.noise_embed = nn.Parameter(torch.randn(dual.n_noise_embed, self.dims.n_text_state))
         for block in self.decoder.blocks:
@@ -524,12 +564,12 @@ class Whisper(nn.Module):
 
         The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
         """
-        for block in self.encoder.blocks:
+        for block in [*self.encoder.blocks, *self.encoder.secondary_blocks]:
             block.compile()
         self.decoder.compile_step = True
 
     def freeze_encoder(self) -> None:
-        """No gradients for the encoder; the layer mixture, which belongs to the second branch, still learns."""
+        """No gradients for the encoder; the secondary's own layers and the layer mixture still learn."""
         for name, parameter in self.encoder.named_parameters():
             parameter.requires_grad_(is_second_branch(name))
 

@@ -90,7 +90,8 @@ class ObjectiveOptions:
     """Weights of the objectives, see losses.py; 0 leaves one out.
 
     cross_entropy: transcripts, or the teacher's text; silence: noise-only windows get Whisper's no-speech target;
-    logits, encoder, attention: label-free distillation from the teacher; gate: supervision by the mixture's SNR;
+    logits, encoder, attention: label-free distillation from the teacher (encoder: the secondary's memory learns it
+    where it has layers of its own, else the encoder output); gate: supervision by the mixture's SNR;
     noise_attention, noise_mel: what the secondary branch should know of the noise (`noise_layers`: which decoder
     layers attend to it, None = all).
     """

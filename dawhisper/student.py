@@ -138,7 +138,8 @@ class Student(nn.Module):
         if lesson is not None and lesson.logits is not None:
             parts["logits"] = losses.distil_logits(heard.logits, lesson.logits, speech, o.temperature, n_speech)
         if lesson is not None and lesson.encoder is not None:
-            parts["encoder"] = losses.distil_features(heard.primary, lesson.encoder, inputs.frames, n_frame)
+            memory = heard.secondary if self.model.encoder.secondary_blocks else heard.primary
+            parts["encoder"] = losses.distil_features(memory, lesson.encoder, inputs.frames, n_frame)
         if lesson is not None and lesson.attention is not None:
             each = [
                 losses.distil_features(mine, taught, speech, n_speech)
@@ -204,7 +205,7 @@ def shard(student: Student, world: World) -> nn.Module:
     if not torch.distributed.is_initialized():
         raise OptionError("loop.fsdp=true needs torchrun: torchrun --nproc_per_node N train.py ...")
     model = student.model
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+    for block in [*model.encoder.blocks, *model.encoder.secondary_blocks, *model.decoder.blocks]:
         fully_shard(block)
         if hasattr(block, "memory"):
             register_fsdp_forward_method(block, "memory")
@@ -231,6 +232,11 @@ def shrink(model: Whisper, encoder_layers: Sequence[int] | None, decoder_layers:
     chosen_encoder = _layers("model.encoder_layers", encoder_layers, dims.n_audio_layer)
     chosen_decoder = _layers("model.decoder_layers", decoder_layers, dims.n_text_layer)
     sizes = vars(dims) | {"n_audio_layer": len(chosen_encoder), "n_text_layer": len(chosen_decoder)}
+    if model.dual is not None and model.dual.memory_layers > len(chosen_encoder):
+        raise OptionError(
+            f"model.encoder_layers is {chosen_encoder}: fewer layers than the {model.dual.memory_layers} that the "
+            "secondary's memory has of its own"
+        )
     student = Whisper(ModelDimensions(**sizes), model.dual, model.variable_audio_ctx)
     weights = {}
     for name, value in model.state_dict().items():

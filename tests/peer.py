@@ -21,6 +21,8 @@ DUALS = {
     "no mixture": DualOptions(layer_mixture=False),
     "no noise embeddings": DualOptions(n_noise_embed=0),
     "plain": DualOptions(layer_mixture=False, n_noise_embed=0),
+    "own layer": DualOptions(memory_layers=1),
+    "own layers alone": DualOptions(memory_layers=2, layer_mixture=False, n_noise_embed=0),
 }
 
 

@@ -150,6 +150,24 @@ def test_a_fresh_student_already_hears_clean_audio_as_its_teacher() -> None:
     assert loss.item() == pytest.approx(0, abs=1e-5)
 
 
+def test_the_secondarys_own_layers_learn_the_teachers_features_and_the_primarys_stay() -> None:
+    torch.manual_seed(0)
+    teacher_model, model = tiny(), tiny()
+    model.load_state_dict(teacher_model.state_dict())
+    model.add_second_branch(DualOptions(memory_layers=1))
+    freeze(model, ["encoder", "primary"])
+    inputs, options = some_inputs(), ObjectiveOptions(logits=0.0, attention=0.0, silence=0.0, gate=0.0)
+    inputs = inputs._replace(mel=inputs.mel + torch.randn(inputs.mel.shape))
+    student = Student(model, options)
+    loss, parts = student(inputs, Teacher(teacher_model, options, range(2))(inputs), count(inputs))
+    assert parts["encoder"] > 1e-3
+    loss.backward()
+    learnt = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    own = {name for name, p in model.named_parameters() if "secondary_blocks" in name or "secondary_ln_post" in name}
+    # a key's bias would shift all scores alike: there is none, and the query's gradient may be as small as it likes
+    assert learnt == own | {"encoder.mixture"}
+
+
 def test_losses_add_up_however_the_step_is_split() -> None:
     torch.manual_seed(0)
     teacher_model, model = tiny(), tiny()
@@ -231,7 +249,7 @@ def test_a_bad_step_leaves_weights_and_moments_alone() -> None:
 
 def test_flops_against_torch_own_count() -> None:
     dims = ModelDimensions(80, 60, 64, 2, 2, 500, 32, 64, 2, 2)
-    for dual in (None, DualOptions()):
+    for dual in (None, DualOptions(), DualOptions(memory_layers=1)):
         # torch counts attention only where it is spelt out
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             Whisper(dims, dual)(torch.randn(1, 80, 120), torch.zeros(1, 16, dtype=torch.long))

@@ -20,6 +20,7 @@ import torch
 
 import train
 from dawhisper.checkpoint import load_model, read_config, save_model
+from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.student import Student, Teacher, shrink
 
@@ -333,6 +334,12 @@ def test_shrunk_layers_are_the_chosen_ones(world: dict[str, Path]) -> None:
     assert torch.equal(small.decoder.blocks[0].mlp[0].weight, model.decoder.blocks[2].mlp[0].weight)
     assert torch.equal(small.decoder.blocks[1].mlp[0].weight, model.decoder.blocks[0].mlp[0].weight)
     assert torch.equal(small.encoder.conv1.weight, model.encoder.conv1.weight)
+    model.add_second_branch(DualOptions(memory_layers=2))
+    small = shrink(model, [0, 2], None)
+    own = "encoder.secondary_blocks.0.mlp.0.weight"
+    assert torch.equal(small.state_dict()[own], model.state_dict()[own])
+    with pytest.raises(OptionError, match="fewer layers than the 2"):
+        shrink(model, [0], None)
 
 
 def test_single_branch(world: dict[str, Path], tmp_path: Path) -> None:
@@ -409,6 +416,7 @@ def test_out_of_memory_says_what_to_lower(
         ("resume=/nowhere.pt", "no checkpoint at /nowhere.pt"),
         ("loop.precision=fp16", "needs a GPU"),
         ("model.decoder_layers=[0, 7]", "layers 0 to 2"),
+        ("model.branch.memory_layers=9", "the encoder has 3 layers"),
         ("loop.fsdp=true", "torchrun"),
     ],
 )
