@@ -1,7 +1,7 @@
 """dawhisper: Whisper with a second cross-attention for noise.
 
 >>> import dawhisper
->>> model = dawhisper.load_model("base")
+>>> model = dawhisper.load_model()  # or "base", "small" ...: OpenAI's
 >>> print(model.transcribe("audio.wav").text)
 """
 

@@ -34,6 +34,7 @@ from .int8 import quantize
 from .model import DualOptions, ModelDimensions, Whisper
 
 FORMAT_VERSION = 1
+OWN_MODEL = "dawhisper-base"  # Whisper base with a second branch, trained for noise
 METADATA_KEY = "dawhisper"  # the safetensors metadata entry that holds the configuration
 SCALE_SUFFIX = ":scale"  # fp16 scales [rows] of the int8 tensor of the same name
 DTYPES = {
@@ -83,12 +84,12 @@ class Stored:
 
 
 def available_models() -> list[str]:
-    """The names that `load_model` can download."""
-    return list(_model_table())
+    """The names that `load_model` knows: dawhisper's own model, and OpenAI's, which it can download."""
+    return [OWN_MODEL, *_model_table()]
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] = OWN_MODEL,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     download_root: str | os.PathLike[str] | None = None,
@@ -98,9 +99,10 @@ def load_model(
 
     Parameters
     ----------
-    name_or_path: one of `available_models()`, which is downloaded from OpenAI once; or an OpenAI .pt file, a Hugging
-        Face Whisper folder (config.json and weights), a dawhisper .safetensors file, or a folder of ONNX graphs that
-        `dawhisper export` made, which run on onnxruntime on the CPU
+    name_or_path: one of `available_models()`: dawhisper's own, trained for noise, which comes with the package, or one
+        of OpenAI's, which is downloaded once; or an OpenAI .pt file, a Hugging Face Whisper folder (config.json and
+        weights), a dawhisper .safetensors file, or a folder of ONNX graphs that `dawhisper export` made, which run on
+        onnxruntime on the CPU
     device: None = cuda if there is one, else mps, else cpu
     dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights; None = fp16 on cuda, fp32 elsewhere. "int8", for
         x86 CPUs, has linear layers in int8 and the rest in fp32: the fastest there, for inference alone
@@ -122,7 +124,7 @@ def load_model(
     if name in _model_table():
         path, heads = _downloaded(name, download_root), _alignment_table()[name]
     else:
-        path, heads = _existing(name), None
+        path, heads = _own_model() if name == OWN_MODEL else _existing(name), None
     if (path / "encoder.onnx").is_file():
         from .export import load_onnx  # needs onnxruntime
 
@@ -197,6 +199,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 # ---- names -> files
+
+
+def _own_model() -> Path:
+    """The file that comes with the package: inside it, or beside it in a source tree."""
+    package = Path(__file__).parent
+    places = [folder / "assets" / f"{OWN_MODEL}.int8.safetensors" for folder in (package, package.parent)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise CheckpointError(f"{places[0]} is missing: install dawhisper again, or name another model, for example base")
 
 
 def _model_table() -> dict[str, str]:

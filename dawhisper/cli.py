@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import OWN_MODEL
 from .errors import DawhisperError, OptionError
 
 INTERRUPTED = 1
+MODEL_HELP = "dawhisper's own, the name of one of OpenAI's (base, small ...), or the path of a checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _visualize_parser,
         _export_parser,
         _quantize_parser,
+        _average_parser,
     ):
         add(commands)
     args = vars(parser.parse_args(argv))
@@ -96,7 +99,7 @@ def _transcribe_parser(commands: Any) -> None:
     p.set_defaults(run=_transcribe)
     add = p.add_argument
     add("audio", nargs="+", help="audio or video files")
-    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--model", default=OWN_MODEL, help=MODEL_HELP)
     add("--model_dir", help="where downloaded models are kept; ~/.cache/whisper by default")
     add("--device", help="cuda, mps or cpu; the best there is by default")
     add("--output_dir", "-o", default=".", help="folder for the outputs")
@@ -188,7 +191,7 @@ def _stream_parser(commands: Any) -> None:
     add = p.add_argument
     add("--input", dest="source", default="mic", help="mic, or - for standard input")
     add("--input_device", help="which microphone: number or name; the system's by default")
-    add("--model", dest="model_name", default="base", help="name of a model, or the path of a checkpoint")
+    add("--model", dest="model_name", default=OWN_MODEL, help=MODEL_HELP)
     add("--device", help="cuda, mps or cpu; the best there is by default")
     add("--threads", type=int, default=0, help="CPU threads; 0 lets torch choose")
     add("--json", dest="as_json", action="store_true", help="a JSON object for each update: words, segments")
@@ -238,7 +241,9 @@ def _serve_parser(commands: Any) -> None:
     )
     p.set_defaults(run=_serve)
     add = p.add_argument
-    add("--model", dest="models", action="append", help="name, path or NAME=PATH; once for each model; base by default")
+    add(
+        "--model", dest="models", action="append", help=f"name, path or NAME=PATH, once a model; {OWN_MODEL} by default"
+    )
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, which needs --api_key to be safe")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add("--device", help="cuda, mps or cpu; the best there is by default")
@@ -260,7 +265,7 @@ def _serve(models: list[str] | None, api_key: str | None, **options: Any) -> int
         raise OptionError(f"serve needs {e.name}, which is not installed: pip install 'dawhisper[serve]'") from e
 
     key = api_key or os.environ.get("DAWHISPER_API_KEY") or None
-    serve(ServerOptions(tuple(models or ["base"]), api_key=key, **options))
+    serve(ServerOptions(tuple(models or [OWN_MODEL]), api_key=key, **options))
     return 0
 
 
@@ -430,7 +435,7 @@ def _visualize_parser(commands: Any) -> None:
     p.set_defaults(run=_visualize)
     add = p.add_argument
     add("audio", metavar="AUDIO", help="audio or video file; up to 30 s of it are shown")
-    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--model", default=OWN_MODEL, help=MODEL_HELP)
     add("--clean", metavar="FILE", help="the same recording without its noise: shows both, and where the noise was")
     add("--noise", metavar="FILE", help="a recording of noise to mix into AUDIO: shows it without and with the noise")
     add("--snr", type=float, default=0.0, metavar="DB", help="of that mixture")
@@ -464,7 +469,7 @@ def _export_parser(commands: Any) -> None:
     )
     p.set_defaults(run=_export)
     add = p.add_argument
-    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--model", default=OWN_MODEL, help=MODEL_HELP)
     add("--out", required=True, metavar="DIR", help="folder for the graphs and config.json")
     add("--format", default="onnx", choices=["onnx", "torch"])
     add("--dtype", default="fp32", choices=["fp32", "fp16", "int8"], help="of the weights; int8 for ONNX only")
@@ -491,7 +496,7 @@ def _quantize_parser(commands: Any) -> None:
     )
     p.set_defaults(run=_quantize)
     add = p.add_argument
-    add("--model", default="base", help="name of a model (openai-whisper's), or the path of a checkpoint")
+    add("--model", default=OWN_MODEL, help=MODEL_HELP)
     add("--out", required=True, metavar="FILE", help="the int8 file, .safetensors")
     add("--audio", nargs="+", default=(), metavar="FILE", help="recordings to compare the layers' outputs on")
     add(
@@ -507,4 +512,27 @@ def _quantize(**options: Any) -> int:
     from .quantize import QuantizeOptions, run
 
     print(run(QuantizeOptions(**options)))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- average
+
+
+def _average_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "average",
+        help="one model from several training runs",
+        description="Writes the mean of the weights of runs from the same start; gate and noise embeddings are those "
+        "of the last.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_average)
+    p.add_argument("models", nargs="+", metavar="FILE", help="dawhisper .safetensors files of the runs")
+    p.add_argument("--out", required=True, metavar="FILE", help="the averaged file, .safetensors")
+
+
+def _average(**options: Any) -> int:
+    from .average import AverageOptions, run
+
+    print(run(AverageOptions(**options)))
     return 0

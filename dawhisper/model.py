@@ -12,7 +12,7 @@ import gzip
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ class DualOptions:
     """The second branch of the decoder.
 
     memory_layers: the secondary's memory has its own copies of the encoder's last so many layers, which can learn to
-    hear through noise while the primary's stay as they are; 0: both branches share the whole encoder.
+    hear through noise while the primary's stay as they are; -1: of all; 0: both branches share the whole encoder.
     layer_mixture: the secondary reads a learned mixture of all encoder layers; off: the last one's output alone.
     n_noise_embed: learned noise embeddings that the secondary reads beside the audio; 0 switches them off.
     gate_hidden: width of the gate's hidden layer; gate_init: the gate's value before training, in (0, 1).
@@ -71,13 +71,13 @@ class DualOptions:
             raise ValueError(f"DualOptions.init is 'copy' or 'random', not {self.init!r}")
         if not 0 < self.gate_init < 1:
             raise ValueError(f"DualOptions.gate_init lies between 0 and 1, not {self.gate_init}")
-        if self.memory_layers < 0:
-            raise ValueError(f"DualOptions.memory_layers is 0 or more, not {self.memory_layers}")
+        if self.memory_layers < -1:
+            raise ValueError(f"DualOptions.memory_layers is a number, or -1 for all, not {self.memory_layers}")
 
     @property
     def own_memory(self) -> bool:
         """Whether the secondary reads something else than the primary."""
-        return self.layer_mixture or self.memory_layers > 0
+        return self.layer_mixture or self.memory_layers != 0
 
 
 class AudioFeatures(NamedTuple):
@@ -511,6 +511,8 @@ class Whisper(nn.Module):
         """Give a single-branch decoder its second branch; with init="copy" the model still computes the same."""
         if self.dual is not None:
             raise ValueError("the model has its second branch already")
+        if dual.memory_layers == -1:
+            dual = replace(dual, memory_layers=self.dims.n_audio_layer)
         self.encoder.add_second_branch(dual)
         self.dual = dual
         if dual.n_noise_embed:

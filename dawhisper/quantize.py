@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .audio import load_audio, log_mel_spectrogram, pad_or_trim
-from .checkpoint import load_model, save_model
+from .checkpoint import load_model, read_config, save_model
 from .decoding import DecodingOptions, decode_windows, initial_tokens, model_tokenizer
 from .errors import OptionError
 from .model import Whisper
@@ -72,7 +73,7 @@ def run(options: QuantizeOptions) -> str:
     writable_folder(out.parent)
     audio = [load_audio(path) for path in options.audio]
     model = load_model(options.model, device="cpu", dtype="fp32")
-    save_model(model, out, dtype="int8", base_model=options.model)
+    save_model(model, out, dtype="int8", **origin(options.model))
     lines = [f"{out}: {out.stat().st_size / 1e6:.1f} MB, in fp32 {_megabytes(model):.1f} MB"]
     if audio:
         mel = torch.stack([log_mel_spectrogram(pad_or_trim(x), model.dims.n_mels) for x in audio])
@@ -83,6 +84,14 @@ def run(options: QuantizeOptions) -> str:
     if options.manifests:
         lines.append(measure(options, out))
     return "\n".join(lines)
+
+
+def origin(model: str) -> dict[str, Any]:
+    """Where a model comes from, as `save_model` takes it: what its file says, or its name."""
+    if not model.endswith(".safetensors") or not Path(model).is_file():
+        return {"base_model": model}
+    config = read_config(model)
+    return {key: config[key] for key in ("base_model", "recipe")}
 
 
 def _megabytes(model: Whisper) -> float:

@@ -44,7 +44,7 @@ from whisper.tokenizer import LANGUAGES
 from whisper.utils import WriteSRT, WriteVTT
 
 from .audio import SAMPLE_RATE, load_audio
-from .checkpoint import load_model
+from .checkpoint import OWN_MODEL, load_model
 from .decoding import language_code
 from .engine import Clip, Engine, QueueFull, Stopped
 from .errors import AudioError, DawhisperError, OptionError
@@ -74,7 +74,7 @@ class ServerOptions:
     first byte to its answer. api_key: what clients must send; None for all.
     """
 
-    models: tuple[str, ...] = ("base",)
+    models: tuple[str, ...] = (OWN_MODEL,)
     host: str = "127.0.0.1"
     port: int = 8000
     device: str | None = None

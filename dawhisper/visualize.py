@@ -24,7 +24,7 @@ from whisper.timing import merge_punctuations
 from whisper.tokenizer import Tokenizer
 
 from .audio import load_audio, log_mel_spectrogram, pad_or_trim
-from .checkpoint import load_model
+from .checkpoint import OWN_MODEL, load_model
 from .decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
 from .errors import AudioError, OptionError
 from .losses import noise_dominance
@@ -50,7 +50,7 @@ class VisualizeOptions:
     """
 
     audio: str
-    model: str = "base"
+    model: str = OWN_MODEL
     clean: str | None = None
     noise: str | None = None
     snr: float = 0.0

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dawhisper import checkpoint
-from dawhisper.checkpoint import available_models, load_model, quantize_rows, read_config, save_model
+from dawhisper.checkpoint import OWN_MODEL, available_models, load_model, quantize_rows, read_config, save_model
 from dawhisper.errors import CheckpointError, OptionError
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 
+ROOT = Path(__file__).resolve().parent.parent
 DIMS = ModelDimensions(80, 1500, 64, 2, 2, 51865, 448, 64, 2, 2)
 VARIANTS = {
     "multilingual": DIMS,
@@ -422,8 +423,24 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
 # ---- names and downloads
 
 
-def test_names_are_openais() -> None:
-    assert available_models() == whisper.available_models()
+def test_names_are_its_own_and_openais() -> None:
+    assert available_models() == [OWN_MODEL, *whisper.available_models()]
+
+
+def test_without_a_name_the_model_of_the_package() -> None:
+    model = load_model(device="cpu")
+    assert model.dual is not None and model.dual.memory_layers == 6 and model.variable_audio_ctx
+    openais = Whisper(model.dims)
+    openais.set_alignment_heads(whisper._ALIGNMENT_HEADS["base"])
+    assert torch.equal(model.alignment_heads, openais.alignment_heads)
+    text = model.transcribe(ROOT / "assets" / "speech_noisy.opus").text  # stock base hears "model creators"
+    assert "printers understand this, but it is only practiced in the very best establishments" in text
+
+
+def test_the_package_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "dawhisper" / "checkpoint.py"))
+    with pytest.raises(CheckpointError, match="install dawhisper again, or name another model"):
+        load_model()
 
 
 @pytest.mark.parametrize(("name", "near"), [("bse", "base"), ("large-v4", "large-v3"), ("tiny_en", "tiny.en")])

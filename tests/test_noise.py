@@ -15,6 +15,7 @@ from torch import Tensor
 from dawhisper.errors import DataError, OptionError
 from dawhisper.noise import (
     KINDS,
+    SPEEDS,
     Augment,
     AugmentOptions,
     NoiseBank,
@@ -28,6 +29,7 @@ from dawhisper.noise import (
     mu_law,
     reverberate,
     spec_augment,
+    speed_changer,
     step_generator,
     telephone,
 )
@@ -408,6 +410,8 @@ def test_gpu_makes_the_mixtures_of_the_cpu() -> None:
 def test_gpu_augmentation_never_waits_for_the_device() -> None:
     speech, lengths = (x.cuda() for x in voices())
     gpu = on_gpu()
+    for speed in SPEEDS:  # a speed's filter is made once, and waits
+        speed_changer(speed, speech.device)
     gpu(speech, lengths, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -28,7 +28,7 @@ def complaint(path: Path, *overrides: str) -> str:
 
 def test_the_project_has_its_recipes() -> None:
     names = {path.stem for path in CONFIGS}
-    assert {"base_noise", "stage1", "stage2", "single_branch", "distil", "tiny_cpu"} <= names
+    assert {"base_noise", "everything", "stage1", "stage2", "single_branch", "distil", "tiny_cpu"} <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -68,10 +68,12 @@ def test_azerbaijani_learns_from_transcripts_and_keeps_one_course_over_both_stag
     assert two.model.name == f"{one.out}/best.safetensors" and two.model.teacher == one.model.name
 
 
-def test_the_control_differs_in_the_second_branch_alone() -> None:
+def test_the_control_trains_the_encoder_in_place_of_a_second_branch() -> None:
     both = {path.stem: to_dict(read_recipe(path)) for path in CONFIGS}
     changed = {line.split(":")[0] for line in differences(both["base_noise"], both["single_branch"])}
-    assert changed == {"out", "model.dual", "objective.gate"}
+    assert changed == {"out", "model.dual", "objective.gate", "freeze", "optim.lr"}
+    assert both["single_branch"]["freeze"] == ["primary"] and both["base_noise"]["freeze"] == ["encoder", "primary"]
+    assert both["single_branch"]["optim"]["lr"] == both["base_noise"]["optim"]["lr_new"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
     return [
-        str(ROOT / "configs/base_noise.yaml"),
+        str(ROOT / "configs/everything.yaml"),
         f"model.name={world['model']}",
         f"data.train={world['train']}",
         f"data.noise={world['noise']}",
