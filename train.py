@@ -201,6 +201,7 @@ def build(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> tupl
     if not options.dual and model.dual is not None:
         raise OptionError(f"model.dual is false, but {options.name} has two branches: start from a stock checkpoint")
     model.variable_audio_ctx = model.variable_audio_ctx or recipe.loop.variable_ctx > 0
+    model.knows_silence = model.knows_silence or bool(o.silence and recipe.augment.noise_only_prob)
     model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = recipe.loop.gradient_checkpointing
     model.to(device).train()
     if not (o.logits or o.encoder or o.attention):
@@ -369,6 +370,7 @@ def save_weights(
         model = Whisper(student.model.dims, student.model.dual, student.model.variable_audio_ctx)
         model.load_state_dict(weights)
         model.alignment_heads = student.model.alignment_heads.cpu()
+        model.knows_silence = student.model.knows_silence
         path.parent.mkdir(parents=True, exist_ok=True)
         made = {"recipe": to_dict(recipe), "step": step} | ({} if rates is None else {"dev_wer": rates})
         save_model(model, path, base_model=recipe.model.name, recipe=made)

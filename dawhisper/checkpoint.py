@@ -80,6 +80,7 @@ class Stored:
     tensors: dict[str, Tensor]
     dual: DualOptions | None = None
     variable_audio_ctx: bool = False
+    knows_silence: bool = False
     alignment_heads: tuple[tuple[int, int], ...] | None = None  # (layer, head); None: Whisper's default
 
 
@@ -168,6 +169,7 @@ def save_model(
         "dims": dataclasses.asdict(model.dims),
         "dual": None if model.dual is None else dataclasses.asdict(model.dual),
         "variable_audio_ctx": model.variable_audio_ctx,
+        "knows_silence": model.knows_silence,
         "alignment_heads": model.alignment_heads.nonzero().tolist(),
         "base_model": base_model,
         "recipe": recipe,
@@ -321,10 +323,10 @@ def _read_dawhisper(path: Path) -> Stored:
     try:
         dual = None if config["dual"] is None else DualOptions(**config["dual"])
         heads = tuple((int(layer), int(head)) for layer, head in config["alignment_heads"])
-        variable = bool(config["variable_audio_ctx"])
+        variable, silence = bool(config["variable_audio_ctx"]), bool(config.get("knows_silence"))
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: its configuration is damaged ({_line(e)}); save the model again") from e
-    return Stored(str(path), _dims(path, config.get("dims")), packed, dual, variable, heads)
+    return Stored(str(path), _dims(path, config.get("dims")), packed, dual, variable, silence, heads)
 
 
 def _read_hf(folder: Path) -> Stored:
@@ -500,6 +502,7 @@ def _build(stored: Stored, device: torch.device, dtype: torch.dtype) -> Whisper:
         scale = stored.tensors.get(name + SCALE_SUFFIX)
         weights[name] = _unpacked(stored.tensors.pop(name), scale, device, dtype)
     model.load_state_dict(weights, assign=True)
+    model.knows_silence = stored.knows_silence
     # without pairs the model's own default stays
     heads = _heads(stored, stored.alignment_heads) if stored.alignment_heads else model.alignment_heads
     model.alignment_heads = heads.to(device)

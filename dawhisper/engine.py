@@ -237,7 +237,7 @@ def from_one_window(
     window = Window(0, recording.frames)
     if not is_audible(recording.mel[:, : window.end]):
         return Transcription("", [], result.language)
-    if needs_fallback(result, options) and len(options.temperatures()) > 1:
+    if needs_fallback(model, result, options) and len(options.temperatures()) > 1:
         return None
     split = split_window(model, recording, window, result, options, 0.0)
     if split.resume < recording.frames:

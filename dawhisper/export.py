@@ -91,6 +91,7 @@ def export(model: Whisper, out: Path, format: str = "onnx", dtype: str = "fp32")
         "dims": asdict(model.dims),
         "dual": None if model.dual is None else asdict(model.dual),
         "variable_audio_ctx": model.variable_audio_ctx,
+        "knows_silence": model.knows_silence,
         "dtype": dtype,
     }
     (out / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -262,13 +263,14 @@ def load_onnx(folder: Path) -> Whisper:
         dims = ModelDimensions(**config["dims"])
         dual = None if config["dual"] is None else DualOptions(**config["dual"])
         dtype = torch.float16 if config["dtype"] == "fp16" else torch.float32
-        variable = bool(config["variable_audio_ctx"])
+        variable, silence = bool(config["variable_audio_ctx"]), bool(config.get("knows_silence"))
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise CheckpointError(f"{folder / CONFIG}: not that of an exported model; export the model again") from e
     with torch.device("meta"):
         model = Whisper(dims, dual, variable)
     model.encoder = OnnxEncoder(_session(folder / "encoder.onnx"))  # type: ignore[assignment]
     model.decoder = OnnxDecoder(_session(folder / "decoder.onnx"), dims, dtype)  # type: ignore[assignment]
+    model.knows_silence = silence
     model.alignment_heads = torch.zeros(dims.n_text_layer, dims.n_text_head, dtype=torch.bool)  # no attention to read
     return model.eval()
 

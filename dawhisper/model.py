@@ -489,6 +489,7 @@ class Whisper(nn.Module):
     """OpenAI's Whisper, with a second branch in its decoder where `dual` is given.
 
     variable_audio_ctx: trained to encode only as much as there is audio, instead of 30 s always.
+    knows_silence: trained on noise without speech, so that its no-speech probability can be believed by itself.
     """
 
     alignment_heads: Tensor  # [n_text_layer, n_text_head] booleans: where word times are read from
@@ -498,6 +499,7 @@ class Whisper(nn.Module):
         self.dims = dims
         self.dual: DualOptions | None = None
         self.variable_audio_ctx = variable_audio_ctx
+        self.knows_silence = False
         self.encoder = AudioEncoder(dims)
         self.decoder = TextDecoder(dims)
         # unless a model names its own, all heads of the upper half, as in Whisper

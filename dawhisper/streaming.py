@@ -233,7 +233,9 @@ class Stream:
     def _is_doubtful(self, hypothesis: Hypothesis) -> bool:
         """Whether the text repeats itself, is unlikely, or stands for silence."""
         result = hypothesis.result
-        return needs_fallback(result, self.thresholds) or (not self.final and is_silence(result, self.thresholds))
+        if needs_fallback(self.model, result, self.thresholds):
+            return True
+        return not self.final and is_silence(self.model, result, self.thresholds)
 
     def _commit(self, hypothesis: Hypothesis, n: int) -> Update:
         """Make the first n words final."""

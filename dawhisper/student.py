@@ -250,6 +250,7 @@ def shrink(model: Whisper, encoder_layers: Sequence[int] | None, decoder_layers:
             value = value[list(chosen)]
         weights[".".join([part, *rest])] = value
     student.load_state_dict(weights)
+    student.knows_silence = model.knows_silence
     if len(chosen_decoder) == dims.n_text_layer:
         student.alignment_heads = model.alignment_heads
     return student.to(model.device)

@@ -235,11 +235,12 @@ def test_untied_output_layer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dual", [None, DUAL, DualOptions(layer_mixture=False, n_noise_embed=0)])
 def test_fp32_file_is_exact(dual: DualOptions | None, tmp_path: Path) -> None:
     model = random_model(dual=dual)
-    model.variable_audio_ctx = True
+    model.variable_audio_ctx = model.knows_silence = True
     model.alignment_heads = torch.tensor([[True, False], [False, True]])
     save_model(model, tmp_path / "new" / "m.safetensors", dtype="fp32", base_model="tiny", recipe={"lr": 1e-4})
     loaded = load_model(tmp_path / "new" / "m.safetensors", device="cpu")
     assert loaded.dual == dual and loaded.dims == model.dims and loaded.variable_audio_ctx
+    assert loaded.knows_silence
     assert torch.equal(loaded.alignment_heads, model.alignment_heads)
     assert torch.equal(logits(loaded), logits(model))
     config = read_config(tmp_path / "new" / "m.safetensors")
@@ -430,6 +431,7 @@ def test_names_are_its_own_and_openais() -> None:
 def test_without_a_name_the_model_of_the_package() -> None:
     model = load_model(device="cpu")
     assert model.dual is not None and model.dual.memory_layers == 6 and model.variable_audio_ctx
+    assert model.knows_silence
     openais = Whisper(model.dims)
     openais.set_alignment_heads(whisper._ALIGNMENT_HEADS["base"])
     assert torch.equal(model.alignment_heads, openais.alignment_heads)

@@ -343,8 +343,9 @@ def test_shrunk_layers_are_the_chosen_ones(world: dict[str, Path]) -> None:
 
 
 def test_single_branch(world: dict[str, Path], tmp_path: Path) -> None:
-    run(world, tmp_path, "model.dual=false", "objective.gate=0", "loop.steps=2")
-    assert load_model(tmp_path / "last.safetensors", device="cpu").dual is None
+    run(world, tmp_path, "model.dual=false", "objective.gate=0", "objective.silence=0", "loop.steps=2")
+    model = load_model(tmp_path / "last.safetensors", device="cpu")
+    assert model.dual is None and not model.knows_silence
     assert "gate/noisy" not in records(tmp_path)[0]
 
 
@@ -361,7 +362,19 @@ def test_variable_context_is_recorded(world: dict[str, Path], tmp_path: Path, mo
         f"data.train={write}", "augment.speed_prob=0",
     )  # fmt: skip
     assert 200 in heard and min(heard) < 200 and all(n % 20 == 0 for n in heard)
-    assert load_model(tmp_path / "last.safetensors", device="cpu").variable_audio_ctx
+    model = load_model(tmp_path / "last.safetensors", device="cpu")
+    assert model.variable_audio_ctx and model.knows_silence
+
+
+def test_the_recommended_recipe_leaves_whispers_own_weights_alone(world: dict[str, Path], tmp_path: Path) -> None:
+    [_, *overrides] = arguments(world, tmp_path, "loop.ctx_multiple=10", "loop.steps=4", "optim.warmup=1")
+    assert train.main([str(ROOT / "configs/base_noise.yaml"), *overrides]) == 0
+    model, start = (load_model(f, device="cpu") for f in (tmp_path / "last.safetensors", world["model"]))
+    assert model.dual == DualOptions(memory_layers=3)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name].half(), value.half()) for name, value in start.state_dict().items())
+    own = weights["encoder.secondary_blocks.0.mlp.0.weight"]
+    assert not torch.equal(own, weights["encoder.blocks.0.mlp.0.weight"])
 
 
 def test_bad_data_is_skipped_and_named(world: dict[str, Path], tmp_path: Path) -> None:

@@ -187,16 +187,21 @@ def heard(avg_logprob: float = -0.5, ratio: float = 1.5, no_speech: float = 0.1)
 
 
 def test_fallback_and_silence() -> None:
-    options = TranscribeOptions()
-    assert not needs_fallback(heard(), options)
-    assert needs_fallback(heard(avg_logprob=-1.2), options)
-    assert needs_fallback(heard(ratio=2.5), options)
-    assert not needs_fallback(heard(avg_logprob=-1.2, no_speech=0.7), options)
-    assert needs_fallback(heard(ratio=2.5, no_speech=0.7), options)
-    assert is_silence(heard(avg_logprob=-1.2, no_speech=0.7), options)
-    assert not is_silence(heard(no_speech=0.7), options)
-    assert is_silence(heard(no_speech=0.7), replace(options, logprob_threshold=None))
-    assert not is_silence(heard(avg_logprob=-1.2, no_speech=0.7), replace(options, no_speech_threshold=None))
+    model, options = Whisper(MULTILINGUAL), TranscribeOptions()
+    assert not needs_fallback(model, heard(), options)
+    assert needs_fallback(model, heard(avg_logprob=-1.2), options)
+    assert needs_fallback(model, heard(ratio=2.5), options)
+    assert not needs_fallback(model, heard(avg_logprob=-1.2, no_speech=0.7), options)
+    assert needs_fallback(model, heard(ratio=2.5, no_speech=0.7), options)
+    assert is_silence(model, heard(avg_logprob=-1.2, no_speech=0.7), options)
+    assert not is_silence(model, heard(no_speech=0.7), options)
+    assert is_silence(model, heard(no_speech=0.7), replace(options, logprob_threshold=None))
+    assert not is_silence(model, heard(avg_logprob=-1.2, no_speech=0.7), replace(options, no_speech_threshold=None))
+    model.knows_silence = True  # then a likely text does not speak against it
+    assert is_silence(model, heard(no_speech=0.7), options) and not is_silence(model, heard(no_speech=0.5), options)
+    assert not needs_fallback(model, heard(ratio=2.5, no_speech=0.7), options)
+    assert needs_fallback(model, heard(ratio=2.5), options)
+    assert not is_silence(model, heard(no_speech=0.7), replace(options, no_speech_threshold=None))
 
 
 def test_anomalous_words() -> None:
