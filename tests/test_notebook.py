@@ -1,4 +1,4 @@
-"""The demo notebook runs from top to bottom, on the smallest real model."""
+"""The demo notebook runs from top to bottom, on the package's model beside the smallest stock one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ LARGEST = 400_000  # bytes: its outputs are kept small
 
 @pytest.mark.timeout(600)
 def test_runs(tiny_en_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAWHISPER_DEMO_MODEL", str(tiny_en_path))
     monkeypatch.setenv("DAWHISPER_DEMO_STOCK", str(tiny_en_path))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parent.parent))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
