@@ -201,7 +201,7 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, dims: ModelDimensions):
         super().__init__()
-        d = dims.n_audio_state
+        d, self.n_head = dims.n_audio_state, dims.n_audio_head
         self.conv1 = nn.Conv1d(dims.n_mels, d, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(d, d, kernel_size=3, stride=2, padding=1)
         self.register_buffer("positional_embedding", sinusoids(dims.n_audio_ctx, d))
@@ -217,11 +217,11 @@ class AudioEncoder(nn.Module):
         if dual.memory_layers > n_layer:
             raise ValueError(f"DualOptions.memory_layers is {dual.memory_layers}; the encoder has {n_layer} layers")
         if dual.memory_layers:
-            n_head = self.blocks[0].attn.n_head  # type: ignore[union-attr]
-            self.secondary_blocks.extend(EncoderBlock(d, n_head) for _ in range(dual.memory_layers))  # type: ignore[arg-type]
+            self.secondary_blocks.extend([EncoderBlock(d, self.n_head) for _ in range(dual.memory_layers)])
             self.secondary_ln_post = nn.LayerNorm(d)
             if dual.init == "copy":
-                self.secondary_blocks.load_state_dict(self.blocks[n_layer - dual.memory_layers :].state_dict())  # type: ignore[attr-defined]
+                for mine, block in zip(self.secondary_blocks, self.blocks[n_layer - dual.memory_layers :]):
+                    mine.load_state_dict(block.state_dict())
                 self.secondary_ln_post.load_state_dict(self.ln_post.state_dict())
         if dual.layer_mixture:
             mixture = torch.zeros(n_layer)
@@ -235,25 +235,24 @@ class AudioEncoder(nn.Module):
         if x.shape[1] > self.positional_embedding.shape[0]:
             raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
         x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # under autocast the layers stay in half precision
-        layers = [x]
-        for block in self.blocks:
-            layers.append(maybe_checkpoint(self, block, layers[-1]))
-        x = self.ln_post(layers[-1])
-        return AudioFeatures(x, self.secondary_memory(layers, x))
-
-    def secondary_memory(self, layers: list[Tensor], last: Tensor) -> Tensor:
-        """What the secondary reads [B, T, d], from what each block heard and gave, and the encoder output."""
+        own, mixed = x, None  # what the secondary's own layers hear, and its mixture of the others
+        for layer, block in enumerate(self.blocks):
+            if layer == len(self.blocks) - len(self.secondary_blocks):
+                own = x
+            x = maybe_checkpoint(self, block, x)
+            if self.mixture is not None and layer < len(self.blocks) - 1:
+                # layers differ in scale, so each is normalised before it is weighed
+                weighed = self.mixture[layer] * F.layer_norm(x, x.shape[-1:])
+                mixed = weighed if mixed is None else mixed + weighed
+        last = x = self.ln_post(x)
         if self.secondary_ln_post is not None:
-            y = layers[-1 - len(self.secondary_blocks)]
             for block in self.secondary_blocks:
-                y = maybe_checkpoint(self, block, y)
-            last = self.secondary_ln_post(y)
+                own = maybe_checkpoint(self, block, own)
+            last = self.secondary_ln_post(own)
         if self.mixture is None:
-            return last
-        memory = self.mixture[-1] * last
-        for weight, x in zip(self.mixture, layers[1:-1]):
-            memory = memory + weight * F.layer_norm(x, x.shape[-1:])  # layers differ in scale: each is normalised
-        return memory
+            return AudioFeatures(x, last)
+        last = self.mixture[-1] * last
+        return AudioFeatures(x, last if mixed is None else mixed + last)
 
 
 class DecoderBlock(nn.Module):
