@@ -47,7 +47,7 @@ class ExportOptions:
     """What to export.
 
     out: folder for encoder and decoder (.onnx or .pt2) and config.json. dtype: fp32, fp16, or for ONNX int8: weights
-    of the matrix products as int8, one scale a column, activations quantised as they come.
+    of the matrix products as int8, one scale for 32 of them, activations quantised as they come.
     check: recordings on which the exported graphs must give the tokens of the PyTorch model (ONNX only).
     """
 
@@ -215,8 +215,9 @@ def cross_names(n_layer: int) -> list[str]:
 def write_onnx(program: ExportedProgram, path: Path, int8: bool = False) -> None:
     """The program as an .onnx file, its weights beside it where they are large."""
     try:
+        import onnx
         import onnxscript  # noqa: F401 - what torch writes ONNX with
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
     except ModuleNotFoundError as e:
         raise OptionError(f"ONNX needs {e.name}, which is not installed: pip install 'dawhisper[export]'") from e
     n_layer = (len(program.graph_signature.user_inputs) - 2) // 2 or len(program.graph_signature.user_outputs) // 2
@@ -234,14 +235,11 @@ def write_onnx(program: ExportedProgram, path: Path, int8: bool = False) -> None
         whole = Path(folder) / path.name if int8 else path
         made.save(whole, external_data=large)
         if int8:
-            quantize_dynamic(
-                whole,
-                path,
-                op_types_to_quantize=["MatMul"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=large,
-            )
+            # products in int8 too (level 4): in floating point the token step is four times slower than in fp32
+            config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=8)
+            quantizer = MatMulNBitsQuantizer(onnx.load(whole), algo_config=config)
+            quantizer.process()
+            quantizer.model.save_model_to_file(str(path), large)
 
 
 @contextmanager
