@@ -192,12 +192,10 @@ def build(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> tupl
     if options.encoder_layers is not None or options.decoder_layers is not None:
         model = shrink(model, options.encoder_layers, options.decoder_layers)
     if options.dual and model.dual is None:
-        if options.branch.memory_layers > model.dims.n_audio_layer:
-            raise OptionError(
-                f"model.branch.memory_layers is {options.branch.memory_layers}: the encoder has "
-                f"{model.dims.n_audio_layer} layers"
-            )
-        model.add_second_branch(options.branch)
+        try:
+            model.add_second_branch(options.branch)
+        except ValueError as error:  # more layers of its own than there are
+            raise OptionError(str(error)) from None
     if not options.dual and model.dual is not None:
         raise OptionError(f"model.dual is false, but {options.name} has two branches: start from a stock checkpoint")
     model.variable_audio_ctx = model.variable_audio_ctx or recipe.loop.variable_ctx > 0

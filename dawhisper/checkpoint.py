@@ -125,7 +125,7 @@ def load_model(
     if name in _model_table():
         path, heads = _downloaded(name, download_root), _alignment_table()[name]
     else:
-        path, heads = _own_model() if name == OWN_MODEL else _existing(name), None
+        path, heads = _existing(name), None
     if (path / "encoder.onnx").is_file():
         from .export import load_onnx  # needs onnxruntime
 
@@ -226,6 +226,8 @@ def _alignment_table() -> dict[str, bytes]:
 
 
 def _existing(name: str) -> Path:
+    if name == OWN_MODEL:
+        return _own_model()
     path = Path(name).expanduser()
     if path.exists():
         return path
