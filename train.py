@@ -225,7 +225,7 @@ def numerics(attention: str, dtype: torch.dtype | None, device: torch.device) ->
 
 
 def compile_mode(mode: str, device: torch.device) -> str:
-    return ("model" if device.type == "cuda" else "off") if mode == "auto" else mode
+    return ("encoder" if device.type == "cuda" else "off") if mode == "auto" else mode
 
 
 def set_numerics(recipe: Recipe) -> None:

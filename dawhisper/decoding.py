@@ -39,7 +39,8 @@ class DecodingOptions:
     beam_size, patience: beam search at temperature 0; patience as in Kasai et al., arXiv:2204.05424.
     length_penalty: alpha of Wu et al., arXiv:1609.08144; None divides by the length.
     prompt: earlier text, or its tokens; prefix: the beginning of this window's text, or its tokens.
-    suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start.
+    suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start;
+        a model trained on noise alone (`knows_silence`) may still end at once, for a window without speech.
     without_timestamps: text only; max_initial_timestamp: latest start of the first segment, in seconds.
     fp16: accepted for openai-whisper's callers and ignored; the model's own dtype is used.
     """
@@ -123,7 +124,9 @@ class Rules:
     """Which tokens may come next, for all rows at once (OpenAI's suppression and timestamp rules)."""
 
     def __init__(self, model: Whisper, tokenizer: Tokenizer, options: DecodingOptions):
-        blank = [*tokenizer.encode(" "), tokenizer.eot] if options.suppress_blank else []
+        blank = tokenizer.encode(" ") if options.suppress_blank else []
+        if blank and not model.knows_silence:  # a model trained on noise alone means it when it ends at once
+            blank = [*blank, tokenizer.eot]
         self.blank = torch.tensor(blank, dtype=torch.long, device=model.device)
         never = suppressed_tokens(tokenizer, options.suppress_tokens)
         self.timestamps = not options.without_timestamps

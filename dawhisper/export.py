@@ -116,7 +116,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, mel: Tensor) -> list[Tensor]:
         memories = self.decoder.memories(self.encoder(mel))
-        return [x for memory in memories for x in (memory.key, memory.value)]
+        return [x for memory in (m.stacked() for m in memories) for x in (memory.key, memory.value)]
 
 
 class Int8Embedding(nn.Module):
@@ -164,7 +164,7 @@ class DecoderGraph(nn.Module):
     def _memory(self, layer: int, cross: Sequence[Tensor]) -> CrossMemory:
         embed, secondary = self.decoder.noise_embed, self.decoder.blocks[layer].secondary_attn
         noise = None if embed is None else secondary.key_value(embed[None])  # type: ignore[operator, union-attr]
-        return CrossMemory(cross[2 * layer], cross[2 * layer + 1], noise)
+        return CrossMemory(cross[2 * layer], cross[2 * layer + 1], None, noise)
 
     def _block(self, block: Any, x: Tensor, states: Tensor, seen: Tensor, memory: CrossMemory, layer: int) -> Tensor:
         """DecoderBlock.forward with a cache that is passed in, and one mask for prompt and steps."""
@@ -312,7 +312,7 @@ class OnnxDecoder(nn.Module):
 
     def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
         for layer in range(features.primary.shape[1]):
-            yield CrossMemory(features.primary[:, layer], features.secondary[:, layer], None)
+            yield CrossMemory(features.primary[:, layer], features.secondary[:, layer], None, None)
 
     def forward(
         self,

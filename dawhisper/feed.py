@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dawhisper.audio import N_SAMPLES_PER_TOKEN, log_mel_spectrogram, pad_or_trim
+from dawhisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 from dawhisper.data import Batch, make_loader, silence_targets
 from dawhisper.errors import OptionError
 from dawhisper.losses import IGNORE, frame_mask, noise_dominance
@@ -118,14 +118,14 @@ class Feed:
         )
 
     def _context(self, index: int, n_samples: int) -> int:
-        """Encoder positions of this micro-batch: the whole window, or what its longest clip needs."""
+        """Encoder positions of this micro-batch: the whole window, or its longest clip and one second more."""
         loop, full = self.recipe.loop, self.dims.n_audio_ctx
         if not loop.variable_ctx:
             return full
         draw = torch.rand((), generator=step_generator(self.recipe.seed, 0, index, CONTEXT)).item()
         if draw >= loop.variable_ctx:
             return full
-        blocks = -(-n_samples // (N_SAMPLES_PER_TOKEN * loop.ctx_multiple))
+        blocks = -(-(n_samples + SAMPLE_RATE) // (N_SAMPLES_PER_TOKEN * loop.ctx_multiple))
         return min(full, blocks * loop.ctx_multiple)
 
     @property

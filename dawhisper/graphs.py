@@ -65,7 +65,7 @@ class StaticKVCache(KVCache):
             for pair, new_pair in zip(mine, block.joint_weights()):  # type: ignore[operator]
                 for kept, new_weight in zip(pair, new_pair):
                     kept.copy_(new_weight)
-        for old, new in zip(self.memories, decoder.memories(features)):
+        for old, new in zip(self.memories, (memory.stacked() for memory in decoder.memories(features))):
             old.key.copy_(new.key)
             old.value.copy_(new.value)
             if old.noise is not None and new.noise is not None:

@@ -10,11 +10,12 @@ Everything is computed in float32, whatever the inputs' type.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a label without loss
 ROWS = 1024  # token positions whose distributions over the vocabulary are looked at together
@@ -28,11 +29,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, 
     (1 - e) one_hot(label) + e / V.
     """
 
-    def entropy(logits: Tensor, labels: Tensor) -> Tensor:
-        options = {"ignore_index": IGNORE, "label_smoothing": label_smoothing, "reduction": "sum"}
-        return F.cross_entropy(logits.float(), labels, **options)  # type: ignore[arg-type]
+    def entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        q, keep, label = F.log_softmax(logits.float(), dim=-1), labels != IGNORE, labels.clamp(min=0)[:, None]
+        hit, spread = 1 - label_smoothing, label_smoothing / logits.shape[-1]
+        value = (hit * q.gather(-1, label)[:, 0] + spread * q.sum(-1)) * keep
+        gradient = (q.exp() - spread).scatter_add(-1, label, torch.full_like(q[:, :1], -hit))
+        return -value.sum(), gradient * keep[:, None]
 
-    total = _by_rows(entropy, logits.flatten(0, 1), labels.flatten())
+    total = _ByRows.apply(entropy, logits.flatten(0, 1), labels.flatten())
     return total / _number(labels != IGNORE, count)
 
 
@@ -45,22 +49,35 @@ def distil_logits(
     the factor t^2 keeps the gradient's size when the temperature changes.
     """
 
-    def divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    def divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         p = F.log_softmax(teacher.float() / temperature, dim=-1)
         q = F.log_softmax(student.float() / temperature, dim=-1)
-        return ((p.exp() * (p - q)).sum(-1) * mask).sum()
+        value = ((p.exp() * (p - q)).sum(-1) * mask).sum()
+        return value, (q.exp() - p.exp()) * (mask / temperature)[:, None]
 
-    total = _by_rows(divergence, student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten())
+    total = _ByRows.apply(divergence, student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten())
     return temperature**2 * total / _number(mask, count)
 
 
-def _by_rows(loss: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The sum of a loss over some rows at a time, computed again in the backward pass.
+class _ByRows(torch.autograd.Function):
+    """The sum of a loss over rows of logits [R, V], some rows at a time, and its gradient made on the way.
 
-    Logits are a step's largest tensors: at once, autograd would keep five more of them in float32.
+    Logits are a step's largest tensors: autograd would keep several more of them in float32, or compute them twice.
+    The rule takes logits and the other tensors' rows, and gives the loss and its gradient for these logits.
     """
-    parts = zip(*(x.split(ROWS) for x in tensors))
-    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
+
+    @staticmethod
+    def forward(ctx: Any, rule: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *others: Tensor) -> Tensor:
+        parts = [rule(*rows) for rows in zip(*(x.split(ROWS) for x in (logits, *others)))]
+        ctx.save_for_backward(torch.cat([gradient.to(logits.dtype) for _, gradient in parts]))
+        ctx.n_others = len(others)
+        return torch.stack([value for value, _ in parts]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (for_logits,) = ctx.saved_tensors
+        return (None, for_logits * gradient.to(for_logits.dtype), *[None] * ctx.n_others)
 
 
 def distil_features(student: Tensor, teacher: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:

@@ -109,11 +109,19 @@ class Trace:
 
 
 class CrossMemory(NamedTuple):
-    """Keys and values of one layer's cross-attentions; the heads of both branches are stacked."""
+    """Keys and values of one layer's cross-attentions: each branch's apart or, in a cache, with heads stacked."""
 
-    key: Tensor  # [B, h or 2h, T, e]
+    key: Tensor  # [B, h, T, e]; stacked [B, 2h, T, e]
     value: Tensor
+    secondary: tuple[Tensor, Tensor] | None  # keys and values [B, h, T, e]; None when stacked, or with one branch
     noise: tuple[Tensor, Tensor] | None  # keys and values of the noise embeddings, [1, h, k, e]
+
+    def stacked(self) -> CrossMemory:
+        """A copy that one attention call can read for both branches, for many token steps over the same audio."""
+        key, value = [self.key], [self.value]
+        if self.secondary is not None:
+            key, value = [self.key, self.secondary[0]], [self.value, self.secondary[1]]
+        return CrossMemory(torch.cat(key, dim=1), torch.cat(value, dim=1), None, self.noise)
 
 
 class JointWeights(NamedTuple):
@@ -175,6 +183,23 @@ def rows_product(x: Tensor, weight: Tensor, block: int = 128) -> Tensor:
     return torch.cat([first, weight[whole:] @ x.T]).T
 
 
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer norm over the last dimension in x's own type, with statistics in float32.
+
+    Autocast would give float32 back, and every layer that reads it would cast it again.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weight, bias = (None if w is None else w.to(x.dtype) for w in (weight, bias))
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
 def mlp(n_state: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_state, 4 * n_state), nn.GELU(), nn.Linear(4 * n_state, n_state))
 
@@ -183,9 +208,9 @@ class EncoderBlock(nn.Module):
     def __init__(self, n_state: int, n_head: int):
         super().__init__()
         self.attn = MultiHeadAttention(n_state, n_head)
-        self.attn_ln = nn.LayerNorm(n_state)
+        self.attn_ln = LayerNorm(n_state)
         self.mlp = mlp(n_state)
-        self.mlp_ln = nn.LayerNorm(n_state)
+        self.mlp_ln = LayerNorm(n_state)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.attn_ln(x)
@@ -206,9 +231,9 @@ class AudioEncoder(nn.Module):
         self.conv2 = nn.Conv1d(d, d, kernel_size=3, stride=2, padding=1)
         self.register_buffer("positional_embedding", sinusoids(dims.n_audio_ctx, d))
         self.blocks = nn.ModuleList(EncoderBlock(d, dims.n_audio_head) for _ in range(dims.n_audio_layer))
-        self.ln_post = nn.LayerNorm(d)
+        self.ln_post = LayerNorm(d)
         self.secondary_blocks = nn.ModuleList()  # these three: see add_second_branch
-        self.secondary_ln_post: nn.LayerNorm | None = None
+        self.secondary_ln_post: LayerNorm | None = None
         self.mixture: nn.Parameter | None = None
         self.gradient_checkpointing = False
 
@@ -218,7 +243,7 @@ class AudioEncoder(nn.Module):
             raise ValueError(f"DualOptions.memory_layers is {dual.memory_layers}; the encoder has {n_layer} layers")
         if dual.memory_layers:
             self.secondary_blocks.extend([EncoderBlock(d, self.n_head) for _ in range(dual.memory_layers)])
-            self.secondary_ln_post = nn.LayerNorm(d)
+            self.secondary_ln_post = LayerNorm(d)
             if dual.init == "copy":
                 for mine, block in zip(self.secondary_blocks, self.blocks[n_layer - dual.memory_layers :]):
                     mine.load_state_dict(block.state_dict())
@@ -231,7 +256,7 @@ class AudioEncoder(nn.Module):
     def forward(self, mel: Tensor) -> AudioFeatures:
         """mel [B, n_mels, 2T] -> features [B, T, d] of both branches."""
         x = F.gelu(self.conv1(mel))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        x = F.gelu(self.conv2(x)).transpose(1, 2).contiguous()  # else every layer after it works on strides
         if x.shape[1] > self.positional_embedding.shape[0]:
             raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
         x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # under autocast the layers stay in half precision
@@ -242,7 +267,7 @@ class AudioEncoder(nn.Module):
             x = maybe_checkpoint(self, block, x)
             if self.mixture is not None and layer < len(self.blocks) - 1:
                 # layers differ in scale, so each is normalised before it is weighed
-                weighed = self.mixture[layer] * F.layer_norm(x, x.shape[-1:])
+                weighed = self.mixture[layer] * layer_norm(x)
                 mixed = weighed if mixed is None else mixed + weighed
         last = x = self.ln_post(x)
         if self.secondary_ln_post is not None:
@@ -265,11 +290,11 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.n_head = n_head
         self.attn = MultiHeadAttention(n_state, n_head)
-        self.attn_ln = nn.LayerNorm(n_state)
+        self.attn_ln = LayerNorm(n_state)
         self.cross_attn = MultiHeadAttention(n_state, n_head)
-        self.cross_attn_ln = nn.LayerNorm(n_state)
+        self.cross_attn_ln = LayerNorm(n_state)
         self.mlp = mlp(n_state)
-        self.mlp_ln = nn.LayerNorm(n_state)
+        self.mlp_ln = LayerNorm(n_state)
         self.secondary_attn: MultiHeadAttention | None = None  # these three: see add_second_branch
         self.gate: Any = None
         self.noise_scale: Any = None
@@ -290,10 +315,9 @@ class DecoderBlock(nn.Module):
         """The keys and values that the cross-attentions read, computed once for a window."""
         key, value = self.cross_attn.key_value(features.primary)
         if self.secondary_attn is None:
-            return CrossMemory(key, value, None)
-        key2, value2 = self.secondary_attn.key_value(features.secondary)
+            return CrossMemory(key, value, None, None)
         noise = None if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
-        return CrossMemory(torch.cat([key, key2], dim=1), torch.cat([value, value2], dim=1), noise)
+        return CrossMemory(key, value, self.secondary_attn.key_value(features.secondary), noise)
 
     def joint_weights(self) -> JointWeights:
         """The block's weights as they are now, copied."""
@@ -346,12 +370,16 @@ class DecoderBlock(nn.Module):
             q = primary.split(primary.query(y))
             if secondary is not None:
                 q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
-        read = F.scaled_dot_product_attention(q, memory.key, memory.value)  # both branches in one call
         gate = None
         if secondary is None:
-            fused = primary.out(merge(read))
+            fused = primary.out(merge(F.scaled_dot_product_attention(q, memory.key, memory.value)))
         else:
-            read, read2 = read.chunk(2, dim=1)
+            if memory.secondary is None:  # both branches in one call
+                read, read2 = F.scaled_dot_product_attention(q, memory.key, memory.value).chunk(2, dim=1)
+            else:
+                q1, q2 = q.chunk(2, dim=1)
+                read = F.scaled_dot_product_attention(q1, memory.key, memory.value)
+                read2 = F.scaled_dot_product_attention(q2, *memory.secondary)
             if memory.noise is not None:
                 key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
                 noise = F.scaled_dot_product_attention(q[:, self.n_head :], key, value)
@@ -364,7 +392,9 @@ class DecoderBlock(nn.Module):
             if gate is not None:
                 trace.gate[layer] = gate.view(*rows)
             if trace.attention:
-                scores = (q @ memory.key.mT / math.sqrt(q.shape[-1])).unflatten(2, (-1, rows[1])).transpose(1, 2)
+                scores = (
+                    (q @ memory.stacked().key.mT / math.sqrt(q.shape[-1])).unflatten(2, (-1, rows[1])).transpose(1, 2)
+                )
                 scores = scores.flatten(0, 1)  # [R, h or 2h, n, T]
                 trace.primary[layer] = scores[:, : self.n_head]
                 if secondary is not None:
@@ -379,7 +409,7 @@ class TextDecoder(nn.Module):
         self.token_embedding = nn.Embedding(dims.n_vocab, d)
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(dims.n_text_ctx, d), std=0.01))
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
-        self.ln = nn.LayerNorm(d)
+        self.ln = LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
         self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
         self.gradient_checkpointing = False
@@ -424,9 +454,13 @@ class TextDecoder(nn.Module):
         x = self.ln(x)
         if self.output is not None:
             return self.output(x)
-        weight = self.token_embedding.weight.to(x.dtype)
-        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() <= 16
-        product = rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1]) if few else x @ weight.T
+        weight, rows = self.token_embedding.weight.to(x.dtype), x.shape[:-1].numel()
+        if x.device.type == "cpu" and x.dtype == torch.float32 and rows <= 16:
+            product = rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        elif x.is_cuda and rows >= 512:  # the kernels for many rows want sizes in eights; 51,865 is odd
+            product = (x @ F.pad(weight, (0, 0, 0, -len(weight) % 8)).T)[..., : len(weight)]
+        else:
+            product = x @ weight.T
         return product if dtype is None else product.to(dtype)
 
 
@@ -438,7 +472,7 @@ class KVCache:
     """
 
     def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
-        self.memories = [CrossMemory(k.contiguous(), v.contiguous(), n) for k, v, n in decoder.memories(features)]
+        self.memories = [memory.stacked() for memory in decoder.memories(features)]
         self.length = 0
         n_ctx = min(len(decoder.positional_embedding), max_length or sys.maxsize)
         windows, e = features.primary.shape[0], self.memories[0].key.shape[-1]
@@ -480,7 +514,7 @@ class KVCache:
 def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Tensor], *args: Any) -> Tensor:
     """Run a block; with gradient checkpointing on, recompute it in the backward pass instead of keeping it."""
     if module.gradient_checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
     return block(*args)
 
 

@@ -137,10 +137,10 @@ class LoopOptions:
     """How the loop runs.
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
-    on a GPU that has it, fp32 on the CPU); compile: off, encoder, model (everything; tokens are padded to multiples of
-    64), auto (model on a GPU); attention: the kernel to try first, flash, cudnn (plans each new shape for
-    milliseconds) or default (torch's choice); fsdp: shard weights and optimiser over the devices;
-    deterministic: bit-for-bit repeatable on a GPU too, slower.
+    on a GPU that has it, fp32 on the CPU); compile: off, encoder (its blocks, in seconds), model (everything, minutes,
+    with tokens padded to multiples of 64), auto (encoder on a GPU); attention: the kernel to try first, flash, cudnn
+    (plans each new shape for milliseconds) or default (torch's choice); fsdp: shard weights and optimiser over the
+    devices; deterministic: bit-for-bit repeatable on a GPU too, slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
     encoder positions. max_bad_steps: non-finite steps in a row that end the run. memory_share: of the GPU's memory that
     this process may take, for several runs side by side.

@@ -169,21 +169,21 @@ class Student(nn.Module):
 def parallelise(student: Student, teacher: Teacher | None, world: World, compile: str, fsdp: bool) -> nn.Module:
     """What the loop calls in the student's place: compiled, and shared by the world's processes.
 
-    compile "encoder": the encoders, which take most of the time and see few shapes; "model": the whole forward pass;
-    "graphs": the same, replayed as CUDA graphs (the throughput benchmark alone; the loop does not use it yet).
+    compile "encoder": the encoders' blocks, which take most of the time; one stands for all, so it compiles in seconds;
+    "model": the whole forward pass, anew for each length of audio and text.
     """
     torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
     if compile == "encoder":
         for model in [student.model] if teacher is None else [student.model, teacher.model]:
-            model.encoder.compile(dynamic=False)
+            for block in [*model.encoder.blocks, *model.encoder.secondary_blocks]:
+                block.compile()
     parallel: nn.Module = student
     if fsdp:
         parallel = shard(student, world)
     elif world.size > 1:
         parallel = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if compile in ("model", "graphs"):
-        mode = "reduce-overhead" if compile == "graphs" else None
-        parallel.compile(dynamic=False, mode=mode)
+    if compile == "model":
+        parallel.compile(dynamic=False)
         if teacher is not None:
             teacher.compile(dynamic=False)
     return parallel

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import whisper
-from peer import VARIANTS, pair, talkative, trained
+from peer import MULTILINGUAL, VARIANTS, pair, talkative, trained
 from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
 
 from dawhisper.decoding import (
@@ -20,7 +20,7 @@ from dawhisper.decoding import (
     model_tokenizer,
 )
 from dawhisper.errors import OptionError
-from dawhisper.model import DualOptions
+from dawhisper.model import DualOptions, Whisper
 
 CASES = {
     "greedy": {"language": "en"},
@@ -59,6 +59,20 @@ def test_equals_openai_whisper(case: str) -> None:
         assert got.avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-4)
         assert got.no_speech_prob == pytest.approx(expected.no_speech_prob, abs=1e-5)
         assert got.compression_ratio == pytest.approx(expected.compression_ratio)
+
+
+@pytest.mark.parametrize("without_timestamps", [True, False])
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_a_model_that_knows_silence_may_end_at_once(without_timestamps: bool, beam_size: int | None) -> None:
+    model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=1e3)  # it would rather say nothing
+    options = DecodingOptions(
+        language="en", without_timestamps=without_timestamps, beam_size=beam_size, max_initial_timestamp=None
+    )
+    stock = decode(model, mels(1)[0], options)
+    assert stock.text or not without_timestamps  # Whisper's rule demands a first word
+    model.knows_silence = True
+    silent = decode(model, mels(1)[0], options)
+    assert silent.text == "" and silent.compression_ratio == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

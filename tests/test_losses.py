@@ -38,6 +38,21 @@ def test_label_smoothing() -> None:
     assert losses.cross_entropy(logits, labels, label_smoothing=0.1).item() == pytest.approx(expected.item())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_and_its_gradient_are_torchs(monkeypatch: pytest.MonkeyPatch, smoothing: float) -> None:
+    monkeypatch.setattr(losses, "ROWS", 4)
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5))
+    labels[:, 3:] = losses.IGNORE
+    value = losses.cross_entropy(logits, labels, smoothing)
+    value.mul(3).backward()
+    ours, logits.grad = logits.grad, None
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
+    expected.mul(3).backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(ours, logits.grad)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distil_logits_gradient_is_that_of_the_formula(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     monkeypatch.setattr(losses, "ROWS", 4)  # of 10: two and a half times

@@ -6,9 +6,9 @@ import pytest
 import torch
 import whisper
 from peer import DUALS, MULTILINGUAL, VARIANTS, pair, trained
-from torch import Tensor
+from torch import Tensor, nn
 
-from dawhisper.model import DualOptions, KVCache, Trace, Whisper, is_second_branch
+from dawhisper.model import DualOptions, KVCache, LayerNorm, Trace, Whisper, is_second_branch
 
 
 def inputs(dims=MULTILINGUAL, batch: int = 2, n: int = 7) -> tuple[Tensor, Tensor]:
@@ -236,3 +236,17 @@ def test_alignment_heads_are_openai_whispers() -> None:
 def test_wrong_dual_options(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         DualOptions(**{field: value})
+
+
+def test_layer_norm_keeps_half_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    norm, x = LayerNorm(64), torch.randn(2, 5, 64)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    plain = nn.functional.layer_norm(x, (64,), norm.weight, norm.bias)
+    assert torch.equal(norm(x), plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(norm(x), plain)
+        half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half - plain).abs().max() < 0.06  # roundings of 8 bits in numbers up to 5
