@@ -263,13 +263,21 @@ def _decode(
     return _decode(file, name, sr, start, end, seek=False)
 
 
+def open_media(source: Any) -> InputContainer:
+    """PyAV's container of a file or file object. Tags that are not UTF-8 don't stop it; before 19 PyAV must be told."""
+    import av
+
+    options: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+    return av.open(source, "r", **options)
+
+
 @contextmanager
 def _opened(file: str | BinaryIO, name: str) -> Iterator[tuple[InputContainer, AudioStream]]:
     """The container and its best audio stream."""
     import av
 
     try:
-        container = av.open(file, "r", metadata_errors="ignore")
+        container = open_media(file)
     except av.FFmpegError as e:
         raise AudioError(_unreadable(name, e)) from e
     with container:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
+from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, open_media
 from .errors import DataError, OptionError
 from .manifest import (
     MAX_SECONDS,
@@ -507,7 +507,7 @@ def _header_seconds(u: Utterance) -> float:
     if u.offset is not None:
         return 0.0
     try:
-        with av.open(u.audio, metadata_errors="ignore") as container:
+        with open_media(u.audio) as container:
             return max(0.0, (container.duration or 0) / av.time_base - (u.start or 0.0))
     except (av.FFmpegError, OSError, ValueError):
         return MIN_SECONDS  # let the loader find out and say what is wrong with it

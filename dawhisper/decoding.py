@@ -7,6 +7,7 @@ device, and the host looks at one flag: whether all rows are done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
@@ -40,7 +41,7 @@ class DecodingOptions:
     length_penalty: alpha of Wu et al., arXiv:1609.08144; None divides by the length.
     prompt: earlier text, or its tokens; prefix: the beginning of this window's text, or its tokens.
     suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start;
-        a model trained on noise alone (`knows_silence`) may still end at once, for a window without speech.
+        a model trained on noise alone (`knows_silence`) may still end at once where that is likelier than all else.
     without_timestamps: text only; max_initial_timestamp: latest start of the first segment, in seconds.
     fp16: accepted for openai-whisper's callers and ignored; the model's own dtype is used.
     """
@@ -124,9 +125,8 @@ class Rules:
     """Which tokens may come next, for all rows at once (OpenAI's suppression and timestamp rules)."""
 
     def __init__(self, model: Whisper, tokenizer: Tokenizer, options: DecodingOptions):
-        blank = tokenizer.encode(" ") if options.suppress_blank else []
-        if blank and not model.knows_silence:  # a model trained on noise alone means it when it ends at once
-            blank = [*blank, tokenizer.eot]
+        blank = [*tokenizer.encode(" "), tokenizer.eot] if options.suppress_blank else []
+        self.believes_silence = model.knows_silence and options.suppress_blank
         self.blank = torch.tensor(blank, dtype=torch.long, device=model.device)
         never = suppressed_tokens(tokenizer, options.suppress_tokens)
         self.timestamps = not options.without_timestamps
@@ -143,7 +143,11 @@ class Rules:
     def apply(self, logits: Tensor, sampled: Tensor) -> None:
         """Set the logits [R, V] of forbidden tokens to -inf, given those sampled so far [R, L]."""
         if sampled.shape[1] == 0:
+            ends = logits[:, self.eot].clone()
+            # a model trained on noise alone means it when it would rather end at once than say anything at all
+            silent = (ends > logits.logsumexp(dim=1) - math.log(2)) & self.believes_silence
             logits.index_fill_(1, self.blank, NEVER)
+            logits[:, self.eot] = torch.where(silent, ends, logits[:, self.eot])
         logits.index_fill_(1, self.never, NEVER)
         if self.timestamps:
             self._timestamps(logits, sampled)

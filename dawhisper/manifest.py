@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, load_audio
+from .audio import SAMPLE_RATE, load_audio, open_media
 from .errors import DataError, DawhisperError
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
@@ -241,9 +241,7 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
 
 def _has_nan(u: Utterance) -> bool:
     """Is there NaN or infinity in a file of floats? Decoding turns these into the lowest value, -1."""
-    import av
-
-    with av.open(_source(u), "r", metadata_errors="ignore") as container:
+    with open_media(_source(u)) as container:
         stream = container.streams.audio[0]
         if not stream.codec_context.name.startswith("pcm_f"):
             return False

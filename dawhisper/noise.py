@@ -116,9 +116,9 @@ def colored_noise(
     white = _gaussian(_seeds(rows, generator, device), n_samples)
     if exponent:
         frequency = torch.arange(n_samples // 2 + 1, device=device).float()
-        frequency[0] = math.inf  # no constant offset
-        frequency.clamp_(min=20 * n_samples / SAMPLE_RATE)  # flat under 20 Hz: nobody hears the drift
-        white = torch.fft.irfft(torch.fft.rfft(white) * frequency.pow(-exponent / 2), n=n_samples)
+        gain = frequency.clamp(min=20 * n_samples / SAMPLE_RATE).pow(-exponent / 2)  # flat under 20 Hz: nobody hears it
+        gain[0].zero_()  # no constant offset; `gain[0] = 0` would wait for the device
+        white = torch.fft.irfft(torch.fft.rfft(white) * gain, n=n_samples)
     return (white / white.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-10)).view(*shape)
 
 
