@@ -231,7 +231,7 @@ class AudioEncoder(nn.Module):
     def forward(self, mel: Tensor) -> AudioFeatures:
         """mel [B, n_mels, 2T] -> features [B, T, d] of both branches."""
         x = F.gelu(self.conv1(mel))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        x = F.gelu(self.conv2(x)).transpose(1, 2).contiguous()  # the residual stream would stay transposed: slow sums
         if x.shape[1] > self.positional_embedding.shape[0]:
             raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
         x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # under autocast the layers stay in half precision
