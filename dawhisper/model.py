@@ -140,13 +140,21 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(n_state, n_state, bias=False)
         self.value = nn.Linear(n_state, n_state)
         self.out = nn.Linear(n_state, n_state)
+        self.joint: nn.Module | None = None  # those of one input as one product, in int8: see int8.py
 
     def split(self, x: Tensor) -> Tensor:
         """[B, n, d] -> [B, h, n, e]"""
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.key(x)), self.split(self.value(x))
+        """Of a cross-attention's memory."""
+        k, v = (self.key(x), self.value(x)) if self.joint is None else self.joint(x).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a self-attention's input."""
+        q, k, v = (self.query(x), self.key(x), self.value(x)) if self.joint is None else self.joint(x).chunk(3, dim=-1)
+        return self.split(q), self.split(k), self.split(v)
 
 
 def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -188,8 +196,7 @@ class EncoderBlock(nn.Module):
         self.mlp_ln = nn.LayerNorm(n_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.attn_ln(x)
-        q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        q, k, v = self.attn.query_key_value(self.attn_ln(x))
         x = x + self.attn.out(merge(F.scaled_dot_product_attention(q, k, v)))
         return x + self.mlp(self.mlp_ln(x))
 
@@ -321,7 +328,7 @@ class DecoderBlock(nn.Module):
     def self_attention(self, y: Tensor, cache: KVCache | None, layer: int, weights: JointWeights | None) -> Tensor:
         n = y.shape[1]
         if weights is None:
-            q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+            q, k, v = self.attn.query_key_value(y)
         else:
             q, k, v = map(self.attn.split, F.linear(y, *weights.self_qkv).chunk(3, dim=-1))
         mask = None
@@ -346,7 +353,8 @@ class DecoderBlock(nn.Module):
             q = primary.split(primary.query(y))
             if secondary is not None:
                 q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
-        read = F.scaled_dot_product_attention(q, memory.key, memory.value)  # both branches in one call
+        # both branches in one call
+        read = F.scaled_dot_product_attention(q.to(memory.key.dtype), memory.key, memory.value).to(y.dtype)
         gate = None
         if secondary is None:
             fused = primary.out(merge(read))
@@ -364,7 +372,8 @@ class DecoderBlock(nn.Module):
             if gate is not None:
                 trace.gate[layer] = gate.view(*rows)
             if trace.attention:
-                scores = (q @ memory.key.mT / math.sqrt(q.shape[-1])).unflatten(2, (-1, rows[1])).transpose(1, 2)
+                scores = q @ memory.key.to(q.dtype).mT / math.sqrt(q.shape[-1])
+                scores = scores.unflatten(2, (-1, rows[1])).transpose(1, 2)
                 scores = scores.flatten(0, 1)  # [R, h or 2h, n, T]
                 trace.primary[layer] = scores[:, : self.n_head]
                 if secondary is not None:
@@ -382,6 +391,7 @@ class TextDecoder(nn.Module):
         self.ln = nn.LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
         self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
+        self.memory_dtype: torch.dtype | None = None  # of a cache's keys and values of the audio; None is the model's
         self.gradient_checkpointing = False
         self.compile_step = False  # see Whisper.compile_blocks
 
@@ -438,7 +448,11 @@ class KVCache:
     """
 
     def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
-        self.memories = [CrossMemory(k.contiguous(), v.contiguous(), n) for k, v, n in decoder.memories(features)]
+        kind = decoder.memory_dtype
+        self.memories = [
+            CrossMemory(k.to(kind or k.dtype).contiguous(), v.to(kind or v.dtype).contiguous(), n)
+            for k, v, n in decoder.memories(features)
+        ]
         self.length = 0
         n_ctx = min(len(decoder.positional_embedding), max_length or sys.maxsize)
         windows, e = features.primary.shape[0], self.memories[0].key.shape[-1]
