@@ -490,6 +490,11 @@ class KVCache:
         """Row i continues what row rows[i] was; rows of one window stay in it."""
         self.states[..., : self.length, :] = self.states[:, :, rows, :, : self.length]
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the windows, which have one row each."""
+        self.memories = [CrossMemory(key[rows], value[rows], noise) for key, value, noise in self.memories]
+        self.states = self.states[:, :, rows]
+
 
 def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Tensor], *args: Any) -> Tensor:
     """Run a block; with gradient checkpointing on, recompute it in the backward pass instead of keeping it."""
