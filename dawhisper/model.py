@@ -544,7 +544,7 @@ class Whisper(nn.Module):
     def encode(self, mel: Tensor) -> AudioFeatures:
         """mel [B, n_mels, 2T] -> features of both branches, [B, T, d] each.
 
-        On a CPU one window after the other, so that its activations stay near: 16 at once take 1.4 times as long.
+        On a CPU one window after the other, so that its activations stay near: 16 at once take 1.2 times as long.
         """
         if mel.device.type != "cpu" or len(mel) == 1:
             return self.encoder(mel)
