@@ -273,6 +273,7 @@ class Judge:
     def __init__(self, recipe: Recipe, model: Whisper, world: World, amp: torch.dtype | None):
         self.dev = DevSet(recipe.data, recipe.evaluate, recipe.seed, world)
         self.model = Whisper(model.dims, model.dual, model.variable_audio_ctx).to(world.device, amp or torch.float32)
+        self.model.knows_silence = model.knows_silence
         self.model.eval()
 
     def __call__(self, weights: dict[str, Tensor]) -> dict[str, float]:

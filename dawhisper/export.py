@@ -303,6 +303,7 @@ class OnnxDecoder(nn.Module):
     """TextDecoder's place, for a KVCache of OnnxEncoder's features."""
 
     positional_embedding: Tensor
+    memory_dtype = None  # keys and values stay as they are
 
     def __init__(self, session: Any, dims: ModelDimensions, dtype: torch.dtype):
         super().__init__()

@@ -116,12 +116,11 @@ class CrossMemory(NamedTuple):
     secondary: tuple[Tensor, Tensor] | None  # keys and values [B, h, T, e]; None when stacked, or with one branch
     noise: tuple[Tensor, Tensor] | None  # keys and values of the noise embeddings, [1, h, k, e]
 
-    def stacked(self) -> CrossMemory:
+    def stacked(self, dtype: torch.dtype | None = None) -> CrossMemory:
         """A copy that one attention call can read for both branches, for many token steps over the same audio."""
-        key, value = [self.key], [self.value]
-        if self.secondary is not None:
-            key, value = [self.key, self.secondary[0]], [self.value, self.secondary[1]]
-        return CrossMemory(torch.cat(key, dim=1), torch.cat(value, dim=1), None, self.noise)
+        branches = [(self.key, self.value)] if self.secondary is None else [(self.key, self.value), self.secondary]
+        key, value = (torch.cat([x.to(dtype or x.dtype) for x in both], dim=1) for both in zip(*branches))
+        return CrossMemory(key, value, None, self.noise)
 
 
 class JointWeights(NamedTuple):
@@ -148,13 +147,21 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(n_state, n_state, bias=False)
         self.value = nn.Linear(n_state, n_state)
         self.out = nn.Linear(n_state, n_state)
+        self.joint: nn.Module | None = None  # those of one input as one product, in int8: see int8.py
 
     def split(self, x: Tensor) -> Tensor:
         """[B, n, d] -> [B, h, n, e]"""
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.key(x)), self.split(self.value(x))
+        """Of a cross-attention's memory."""
+        k, v = (self.key(x), self.value(x)) if self.joint is None else self.joint(x).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a self-attention's input."""
+        q, k, v = (self.query(x), self.key(x), self.value(x)) if self.joint is None else self.joint(x).chunk(3, dim=-1)
+        return self.split(q), self.split(k), self.split(v)
 
 
 def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -181,6 +188,11 @@ def rows_product(x: Tensor, weight: Tensor, block: int = 128) -> Tensor:
     blocks = weight[:whole].unflatten(0, (-1, block))
     first = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1)).flatten(0, 1)  # [whole, R]
     return torch.cat([first, weight[whole:] @ x.T]).T
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention in the type that the keys are kept in; the result is of the query's."""
+    return F.scaled_dot_product_attention(query.to(key.dtype), key, value).to(query.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -213,8 +225,7 @@ class EncoderBlock(nn.Module):
         self.mlp_ln = LayerNorm(n_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.attn_ln(x)
-        q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+        q, k, v = self.attn.query_key_value(self.attn_ln(x))
         x = x + self.attn.out(merge(F.scaled_dot_product_attention(q, k, v)))
         return x + self.mlp(self.mlp_ln(x))
 
@@ -345,7 +356,7 @@ class DecoderBlock(nn.Module):
     def self_attention(self, y: Tensor, cache: KVCache | None, layer: int, weights: JointWeights | None) -> Tensor:
         n = y.shape[1]
         if weights is None:
-            q, (k, v) = self.attn.split(self.attn.query(y)), self.attn.key_value(y)
+            q, k, v = self.attn.query_key_value(y)
         else:
             q, k, v = map(self.attn.split, F.linear(y, *weights.self_qkv).chunk(3, dim=-1))
         mask = None
@@ -372,17 +383,17 @@ class DecoderBlock(nn.Module):
                 q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
         gate = None
         if secondary is None:
-            fused = primary.out(merge(F.scaled_dot_product_attention(q, memory.key, memory.value)))
+            fused = primary.out(merge(attend(q, memory.key, memory.value)))
         else:
             if memory.secondary is None:  # both branches in one call
-                read, read2 = F.scaled_dot_product_attention(q, memory.key, memory.value).chunk(2, dim=1)
+                read, read2 = attend(q, memory.key, memory.value).chunk(2, dim=1)
             else:
                 q1, q2 = q.chunk(2, dim=1)
-                read = F.scaled_dot_product_attention(q1, memory.key, memory.value)
-                read2 = F.scaled_dot_product_attention(q2, *memory.secondary)
+                read = attend(q1, memory.key, memory.value)
+                read2 = attend(q2, *memory.secondary)
             if memory.noise is not None:
                 key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
-                noise = F.scaled_dot_product_attention(q[:, self.n_head :], key, value)
+                noise = attend(q[:, self.n_head :], key, value)
                 read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
             p, s = primary.out(merge(read)), secondary.out(merge(read2))
             gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
@@ -392,9 +403,8 @@ class DecoderBlock(nn.Module):
             if gate is not None:
                 trace.gate[layer] = gate.view(*rows)
             if trace.attention:
-                scores = (
-                    (q @ memory.stacked().key.mT / math.sqrt(q.shape[-1])).unflatten(2, (-1, rows[1])).transpose(1, 2)
-                )
+                scores = q @ memory.stacked().key.to(q.dtype).mT / math.sqrt(q.shape[-1])
+                scores = scores.unflatten(2, (-1, rows[1])).transpose(1, 2)
                 scores = scores.flatten(0, 1)  # [R, h or 2h, n, T]
                 trace.primary[layer] = scores[:, : self.n_head]
                 if secondary is not None:
@@ -412,6 +422,7 @@ class TextDecoder(nn.Module):
         self.ln = LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
         self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
+        self.memory_dtype: torch.dtype | None = None  # of a cache's keys and values of the audio; None is the model's
         self.gradient_checkpointing = False
         self.compile_step = False  # see Whisper.compile_blocks
 
@@ -468,11 +479,11 @@ class KVCache:
     """Preallocated keys and values of a decoding run: self-attention by position, cross-attention by window.
 
     `rows` of tokens = windows * group. Keys and values of the audio are computed here, once, and are shared by the
-    rows of a window; `repeat` and `select` touch the self-attention alone.
+    rows of a window; `repeat` and `select` touch the self-attention alone. `keep` drops windows.
     """
 
     def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
-        self.memories = [memory.stacked() for memory in decoder.memories(features)]
+        self.memories = [memory.stacked(decoder.memory_dtype) for memory in decoder.memories(features)]
         self.length = 0
         n_ctx = min(len(decoder.positional_embedding), max_length or sys.maxsize)
         windows, e = features.primary.shape[0], self.memories[0].key.shape[-1]
@@ -509,6 +520,11 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Row i continues what row rows[i] was; rows of one window stay in it."""
         self.states[..., : self.length, :] = self.states[:, :, rows, :, : self.length]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the windows, which have one row each."""
+        self.memories = [one._replace(key=one.key[rows], value=one.value[rows]) for one in self.memories]
+        self.states = self.states[:, :, rows]
 
 
 def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -557,8 +573,17 @@ class Whisper(nn.Module):
         self.to(self.device, self.dtype)
 
     def encode(self, mel: Tensor) -> AudioFeatures:
-        """mel [B, n_mels, 2T] -> features of both branches, [B, T, d] each."""
-        return self.encoder(mel)
+        """mel [B, n_mels, 2T] -> features of both branches, [B, T, d] each.
+
+        On a CPU one window after the other, so that its activations stay near: 16 at once take 1.2 times as long.
+        """
+        if mel.device.type != "cpu" or len(mel) == 1:
+            return self.encoder(mel)
+        each = [self.encoder(window) for window in mel.split(1)]
+        primary = torch.cat([features.primary for features in each])
+        if all(features.secondary is features.primary for features in each):
+            return AudioFeatures(primary, primary)
+        return AudioFeatures(primary, torch.cat([features.secondary for features in each]))
 
     def embed_audio(self, mel: Tensor) -> Tensor:
         """mel [B, n_mels, 2T] -> the encoder output [B, T, d], as openai-whisper's."""

@@ -20,7 +20,7 @@ from dawhisper.decoding import (
     model_tokenizer,
 )
 from dawhisper.errors import OptionError
-from dawhisper.model import DualOptions, Whisper
+from dawhisper.model import DualOptions, KVCache, TextDecoder, Whisper
 
 CASES = {
     "greedy": {"language": "en"},
@@ -109,6 +109,29 @@ def test_windows_end_on_their_own() -> None:
         assert [r.tokens for r in got] == [r.tokens for r in expected]
         lengths.append([len(r.tokens) for r in got])
     assert len(set(lengths[0])) > 1  # they do end at different times
+
+
+def test_rows_that_are_done_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, and what each window says is what it says alone."""
+    ours, _ = pair(eot_bias=52.0)
+    batch = mels(8) * torch.linspace(0.1, 3, 8)[:, None, None]
+    options = DecodingOptions(language="en", without_timestamps=True, sample_len=30)
+    alone = [decode(ours, mel, options) for mel in batch]
+    steps, step = [], KVCache.next_logits
+
+    def counted(cache: KVCache, decoder: TextDecoder, tokens: torch.Tensor) -> torch.Tensor:
+        steps.append(len(tokens))
+        return step(cache, decoder, tokens)
+
+    monkeypatch.setattr(KVCache, "next_logits", counted)
+    together = decode(ours, batch, options)
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [r.avg_logprob for r in together] == pytest.approx([r.avg_logprob for r in alone], abs=1e-4)
+    ends = [len(r.tokens) for r in alone]
+    for n, rows in enumerate(steps, 1):
+        going = sum(end >= n for end in ends)
+        assert going <= rows and (4 * going > 3 * rows or going == 0), (n, rows, ends)
+    assert min(steps) < len(batch)
 
 
 def test_rules_equal_openai_whispers() -> None:

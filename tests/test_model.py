@@ -120,6 +120,16 @@ def test_a_batch_equals_its_items() -> None:
         torch.testing.assert_close(model(mel[i : i + 1], tokens[i : i + 1])[0], together[i], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dual", [None, DualOptions(layer_mixture=False), DualOptions()], ids=["no", "one", "own"])
+@torch.no_grad()
+def test_windows_are_encoded_alike_alone_and_in_a_batch(dual: DualOptions | None) -> None:
+    model = trained(dual) if dual else pair()[0]
+    got, expected = model.encode(inputs()[0]), model.encoder(inputs()[0])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    # what is one tensor stays one: its windows are picked and kept once
+    assert (got.secondary is got.primary) == (expected.secondary is expected.primary)
+
+
 @torch.no_grad()
 def test_positions_limit_the_logits() -> None:
     model, _ = pair()
