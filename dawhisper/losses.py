@@ -68,10 +68,14 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rule: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *others: Tensor) -> Tensor:
-        parts = [rule(*rows) for rows in zip(*(x.split(ROWS) for x in (logits, *others)))]
-        ctx.save_for_backward(torch.cat([gradient.to(logits.dtype) for _, gradient in parts]))
+        gradients, values = torch.empty_like(logits), []
+        for mine, *rows in zip(*(x.split(ROWS) for x in (gradients, logits, *others))):
+            value, gradient = rule(*rows)
+            mine.copy_(gradient)
+            values.append(value)
+        ctx.save_for_backward(gradients)
         ctx.n_others = len(others)
-        return torch.stack([value for value, _ in parts]).sum()
+        return torch.stack(values).sum()
 
     @staticmethod
     @once_differentiable
