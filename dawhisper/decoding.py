@@ -125,8 +125,10 @@ class Rules:
     """Which tokens may come next, for all rows at once (OpenAI's suppression and timestamp rules)."""
 
     def __init__(self, model: Whisper, tokenizer: Tokenizer, options: DecodingOptions):
-        blank = [*tokenizer.encode(" "), tokenizer.eot] if options.suppress_blank else []
-        self.believes_silence = model.knows_silence and options.suppress_blank
+        # a model trained on noise alone means it when it would rather end at once than say anything at all
+        self.believes_silence = options.suppress_blank and model.knows_silence
+        blank = [*tokenizer.encode(" "), *([] if self.believes_silence else [tokenizer.eot])]
+        blank = blank if options.suppress_blank else []
         self.blank = torch.tensor(blank, dtype=torch.long, device=model.device)
         never = suppressed_tokens(tokenizer, options.suppress_tokens)
         self.timestamps = not options.without_timestamps
@@ -143,11 +145,10 @@ class Rules:
     def apply(self, logits: Tensor, sampled: Tensor) -> None:
         """Set the logits [R, V] of forbidden tokens to -inf, given those sampled so far [R, L]."""
         if sampled.shape[1] == 0:
-            ends = logits[:, self.eot].clone()
-            # a model trained on noise alone means it when it would rather end at once than say anything at all
-            silent = (ends > logits.logsumexp(dim=1) - math.log(2)) & self.believes_silence
+            if self.believes_silence:
+                ends = logits[:, self.eot]
+                ends.masked_fill_(ends <= logits.logsumexp(dim=1) - math.log(2), NEVER)  # unlikelier than all else
             logits.index_fill_(1, self.blank, NEVER)
-            logits[:, self.eot] = torch.where(silent, ends, logits[:, self.eot])
         logits.index_fill_(1, self.never, NEVER)
         if self.timestamps:
             self._timestamps(logits, sampled)
