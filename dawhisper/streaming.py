@@ -14,6 +14,7 @@ Times are in seconds from the stream's beginning. Memory does not grow with the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import signal
@@ -380,28 +381,31 @@ def _record(sounddevice: Any, device: str | None) -> Iterator[np.ndarray]:
         signal.signal(signal.SIGINT, before)
         end()
 
-    try:
-        opened = sounddevice.InputStream(
-            SAMPLE_RATE,
-            round(MIC_PIECE * SAMPLE_RATE),
-            int(device) if device and device.isdigit() else device,
-            channels=1,
-            callback=heard,
-            finished_callback=end,
-        )
-        opened.start()
-    except (sounddevice.PortAudioError, ValueError) as e:
-        raise AudioError(f"can't record from the microphone: {e}; name another with --input_device") from None
+    def start() -> Any:
+        try:
+            opened = sounddevice.InputStream(
+                SAMPLE_RATE,
+                round(MIC_PIECE * SAMPLE_RATE),
+                int(device) if device and device.isdigit() else device,
+                channels=1,
+                callback=heard,
+                finished_callback=end,
+            )
+            opened.start()
+        except (sounddevice.PortAudioError, ValueError) as e:
+            raise AudioError(f"can't record from the microphone: {e}; name another with --input_device") from None
+        return opened
+
     before = signal.signal(signal.SIGINT, interrupted)
     try:
-        while not (ended.is_set() and pieces.empty()):
-            taken = [pieces.get()]
-            while not pieces.empty():
-                taken.append(pieces.get())
-            yield np.concatenate(taken)
+        with contextlib.closing(start()):
+            while not (ended.is_set() and pieces.empty()):
+                taken = [pieces.get()]
+                while not pieces.empty():
+                    taken.append(pieces.get())
+                yield np.concatenate(taken)
     finally:
         signal.signal(signal.SIGINT, before)
-        opened.close()
     if error:
         raise AudioError(error)
 

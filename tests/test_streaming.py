@@ -186,8 +186,8 @@ def test_the_command_reads_a_pipe(tiny_en_path: Path, assets: Path) -> None:
 class Microphone:
     """sounddevice's InputStream, as far as it is used: a thread calls back with blocks of a recording."""
 
-    def __init__(self, samples: np.ndarray, at_end: Callable[[], None]):
-        self.samples, self.at_end = samples, at_end
+    def __init__(self, samples: np.ndarray, at_end: Callable[[], None], hurried: bool):
+        self.samples, self.at_end, self.hurried = samples, at_end, hurried
 
     def open(
         self,
@@ -209,6 +209,8 @@ class Microphone:
 
     def start(self) -> None:
         self.thread.start()
+        if self.hurried:  # all is said before the program goes on
+            self.thread.join()
 
     def play(self) -> None:
         with contextlib.suppress(Abort):
@@ -231,9 +233,14 @@ class Broken(Exception):
     pass
 
 
-def plug_in(monkeypatch: pytest.MonkeyPatch, samples: np.ndarray, at_end: Callable[[], None] = lambda: None) -> None:
+def plug_in(
+    monkeypatch: pytest.MonkeyPatch,
+    samples: np.ndarray,
+    at_end: Callable[[], None] = lambda: None,
+    hurried: bool = False,
+) -> None:
     fake = ModuleType("sounddevice")
-    opened = Microphone(samples, at_end).open
+    opened = Microphone(samples, at_end, hurried).open
     vars(fake).update(InputStream=opened, PortAudioError=Broken, CallbackAbort=Abort)
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
 
@@ -242,11 +249,12 @@ def hear(*arguments: str) -> int:
     return main(["stream", "--device", "cpu", "--language", "en", *arguments])
 
 
+@pytest.mark.parametrize("hurried", [False, True])
 def test_the_microphone_until_it_is_interrupted(
-    monkeypatch: pytest.MonkeyPatch, tiny_en_path: Path, assets: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tiny_en_path: Path, assets: Path, capsys: pytest.CaptureFixture[str], hurried: bool
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    plug_in(monkeypatch, load_audio(assets / "speech.opus"), _thread.interrupt_main)
+    plug_in(monkeypatch, load_audio(assets / "speech.opus"), _thread.interrupt_main, hurried)
     assert hear("--model", str(tiny_en_path)) == 0
     out, err = capsys.readouterr()
     assert words_in(out).endswith("very best establishments")
