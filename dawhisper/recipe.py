@@ -28,6 +28,11 @@ from dawhisper.noise import AugmentOptions
 T = TypeVar("T")
 
 
+# Whisper's own encoder; its own decoder, and of that the tokens' embeddings alone; all of the second branch, and of
+# that what lies in the encoder: its own layers and the layer mixture
+FREEZABLE = ("encoder", "primary", "embedding", "secondary", "memory")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: only true and false are booleans (not off, no, ...), and 1e-4 is a number."""
 
@@ -184,7 +189,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run needs. resume: none, auto (the newest checkpoint of `out`, if any) or a checkpoint file."""
+    """Everything a run needs.
+
+    resume: none, auto (the newest checkpoint of `out`, if any) or a checkpoint file; freeze: see FREEZABLE.
+    """
 
     out: str = "runs/train"
     seed: int = 0
@@ -201,7 +209,7 @@ class Recipe:
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
     def __post_init__(self) -> None:
-        _one_of("freeze", self.freeze, ("encoder", "primary", "secondary"))
+        _one_of("freeze", self.freeze, FREEZABLE)
         _one_of("loop.precision", [self.loop.precision], ("auto", "bf16", "fp16", "fp32"))
         _one_of("loop.compile", [self.loop.compile], ("auto", "off", "encoder", "model"))
         _one_of("loop.attention", [self.loop.attention], ("default", "cudnn", "flash"))

@@ -292,15 +292,17 @@ def check_teacher(student: Whisper, teacher: Whisper, options: ObjectiveOptions)
 
 
 def freeze(model: Whisper, parts: Sequence[str]) -> None:
-    """Leave only what is to be trained with gradients: parts of encoder, primary, secondary are frozen."""
+    """Leave only what is to be trained with gradients. What may be frozen: recipe.FREEZABLE."""
     model.unfreeze()
     if "encoder" in parts:
         model.freeze_encoder()
     if "primary" in parts:
         model.freeze_primary_decoder()
-    if "secondary" in parts:
-        for name, parameter in model.named_parameters():
-            if is_second_branch(name):
+    if "embedding" in parts:
+        model.decoder.token_embedding.requires_grad_(False)
+    for part, module in (("memory", model.encoder), ("secondary", model)):
+        for name, parameter in module.named_parameters():
+            if part in parts and is_second_branch(name):
                 parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise OptionError(f"freeze={list(parts)} leaves nothing to train")

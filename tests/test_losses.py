@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dawhisper import losses
+from dawhisper.errors import OptionError
 from dawhisper.flops import forward_flops
-from dawhisper.model import DualOptions, ModelDimensions, Whisper
+from dawhisper.model import DualOptions, ModelDimensions, Whisper, is_second_branch
 from dawhisper.optim import make_optimizer, optimizer_step, parameter_groups, rate_factor
-from dawhisper.recipe import ModelOptions, ObjectiveOptions, OptimOptions
+from dawhisper.recipe import FREEZABLE, ModelOptions, ObjectiveOptions, OptimOptions
 from dawhisper.student import Inputs, Student, Teacher, count, freeze, taught_layers
 
 TRUE = torch.ones(1, 2, dtype=torch.bool)
@@ -181,6 +182,29 @@ def test_the_secondarys_own_layers_learn_the_teachers_features_and_the_primarys_
     own = {name for name, p in model.named_parameters() if "secondary_blocks" in name or "secondary_ln_post" in name}
     # a key's bias would shift all scores alike: there is none, and the query's gradient may be as small as it likes
     assert learnt == own | {"encoder.mixture"}
+
+
+def test_what_may_be_frozen() -> None:
+    model = Whisper(ModelDimensions(80, 8, 32, 2, 2, 60, 8, 32, 2, 2), DualOptions(memory_layers=1))
+    every = {name for name, _ in model.named_parameters()}
+    second = {name for name in every if is_second_branch(name)}
+    in_encoder = {name for name in every if name.startswith("encoder.")}
+    frozen = {
+        "encoder": in_encoder - second,
+        "primary": every - in_encoder - second,
+        "embedding": {"decoder.token_embedding.weight"},
+        "secondary": second,
+        "memory": in_encoder & second,
+    }
+    assert set(frozen) == set(FREEZABLE)
+    for one in FREEZABLE:
+        for other in FREEZABLE:
+            if frozen[one] | frozen[other] != every:
+                freeze(model, [one, other])
+                stays = {name for name, p in model.named_parameters() if not p.requires_grad}
+                assert stays == frozen[one] | frozen[other]
+    with pytest.raises(OptionError, match="leaves nothing to train"):
+        freeze(model, ["encoder", "primary", "secondary"])
 
 
 def test_losses_add_up_however_the_step_is_split() -> None:
