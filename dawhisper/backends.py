@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .audio import HOP_LENGTH, N_SAMPLES, log_mel_spectrogram, pad_or_trim
-from .checkpoint import available_models, load_model
+from .audio import N_SAMPLES, pad_or_trim
+from .checkpoint import OWN_MODEL, available_models, load_model
 from .errors import CheckpointError, OptionError, near_names
 
 PACKAGES = {  # of each back end: what is imported, what is installed
@@ -115,6 +115,8 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
             module, package = PACKAGES[spec.backend]
             if importlib.util.find_spec(module) is None:
                 raise OptionError(f"--model {spec.spec} needs {package}, which is not installed: pip install {package}")
+        if spec.backend == "openai" and spec.path == OWN_MODEL:
+            raise OptionError(f"--model {spec.spec}: openai-whisper can't load {OWN_MODEL}; give --model {OWN_MODEL}")
         if (
             spec.backend in ("", "openai", "dynamic")
             and spec.path not in available_models()
@@ -148,18 +150,11 @@ class Ours:
         if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
             return [self._transcribe(x, language) for x in audio]
         from .decoding import DecodingOptions, decode
+        from .transcribe import mel_batch
 
         options = DecodingOptions(language=language, without_timestamps=True, beam_size=self.decoding.beam_size)
-        results = decode(self.model, self.mel(audio), options)
+        results = decode(self.model, mel_batch(self.model, audio), options)
         return [r.text for r in results]  # type: ignore[union-attr]
-
-    def mel(self, audio: Sequence[np.ndarray]) -> torch.Tensor:
-        """-> [B, n_mels, 3000] on the model's device; fewer frames where the model was trained for that"""
-        from .transcribe import padded_frames
-
-        length = padded_frames(self.model, -(-max(map(len, audio)) // HOP_LENGTH)) * HOP_LENGTH
-        windows = torch.from_numpy(np.stack([pad_or_trim(x, length) for x in audio])).to(self.model.device)
-        return log_mel_spectrogram(windows, self.model.dims.n_mels)
 
     def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
         from .transcribe import transcribe

@@ -194,10 +194,11 @@ def save_model(
             part.unlink()
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """The configuration in a dawhisper file: dims, dual, base_model, recipe, storage ..., without its weights."""
-    with _safetensors(Path(path)) as file:
-        return _config(Path(path), file.metadata())
+    path = _existing(os.fspath(name_or_path))
+    with _safetensors(path) as file:
+        return _config(path, file.metadata())
 
 
 # ---- names -> files

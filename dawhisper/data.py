@@ -33,6 +33,7 @@ from .manifest import (
     read_manifest,
 )
 from .targets import IGNORE, Target, TargetOptions, Targets
+from .world import onto
 
 __all__ = [
     "Batch",
@@ -365,7 +366,7 @@ class Loader:
 
     def _to_device(self, data: dict[str, Any]) -> Batch:
         tensors: dict[str, Any] = {
-            key: value.to(self.device, non_blocking=True) for key, value in data.items() if isinstance(value, Tensor)
+            key: onto(self.device, value) for key, value in data.items() if isinstance(value, Tensor)
         }
         audio = tensors.pop("audio").float() / 32768
         return Batch(audio=audio, utterances=data["utterances"], position=data["position"], **tensors, **self._special)
@@ -396,8 +397,7 @@ class MemoryLoader(Loader):
             targets = [reader._target(item, n) for item, n in zip(plan.items, n_samples)]
             lengths = torch.tensor(n_samples)
             time = torch.arange(padded_samples(max(n_samples)), device=self.device)
-            length = lengths.to(self.device, non_blocking=True)[:, None]  # a plain .to waits for all queued work
-            offset = self._offsets[rows].to(self.device, non_blocking=True)[:, None]
+            length, offset = onto(self.device, lengths)[:, None], onto(self.device, self._offsets[rows])[:, None]
             position = offset + torch.minimum(time, length - 1)
             yield {
                 "audio": self._audio[position] * (time < length),

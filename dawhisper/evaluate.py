@@ -33,6 +33,7 @@ from .errors import DataError, OptionError
 from .mixtures import DEFAULT_KINDS, DEFAULT_SNRS, Condition, Item, Mixer, conditions, read_items, write_wav
 from .noise import Mixture, NoiseBank
 from .scores import Hypothesis, Scorer
+from .transcribe import mel_batch
 from .world import World
 
 
@@ -275,7 +276,7 @@ def _decode(
     latency = time.perf_counter() - start
     readings: Sequence[GateReading | None] = [None] * len(texts)
     if gates and isinstance(recognize, Ours) and recognize.model.dual and max(map(len, audio)) <= N_SAMPLES:
-        readings = read_gates(recognize.model, recognize.mel(audio), texts, mixtures, work.language)
+        readings = read_gates(recognize.model, mel_batch(recognize.model, audio), texts, mixtures, work.language)
     return [
         Hypothesis(
             key=key,

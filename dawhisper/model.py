@@ -581,7 +581,7 @@ class Whisper(nn.Module):
             return self.encoder(mel)
         each = [self.encoder(window) for window in mel.split(1)]
         primary = torch.cat([features.primary for features in each])
-        if all(features.secondary is features.primary for features in each):
+        if each[0].secondary is each[0].primary:  # one memory for both
             return AudioFeatures(primary, primary)
         return AudioFeatures(primary, torch.cat([features.secondary for features in each]))
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from .audio import N_SAMPLES, SAMPLE_RATE
 from .errors import DataError, OptionError
 from .manifest import Utterance, decode_audio, in_processes, read_manifest, to_int16
+from .world import onto
 
 FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause
@@ -85,11 +86,6 @@ def _ratio_db(speech_power: Tensor, noise_power: Tensor) -> Tensor:
     return torch.where(noise_power > 0, ratio, torch.full_like(ratio, math.inf))
 
 
-def _onto(device: torch.device | str, x: Tensor) -> Tensor:
-    """x on the device. A plain `.to` from the CPU would wait until the device has done all that is queued for it."""
-    return x.to(device, non_blocking=True)
-
-
 # ---- building blocks ----------------------------------------------------------------------------------------------
 
 
@@ -144,8 +140,8 @@ def babble(
     others = order.argsort(-1)[:, : batch - 1]
     columns = torch.arange(talkers[1]) % (batch - 1)
     start = torch.rand(batch, talkers[1], generator=generator)
-    levels = _onto(speech.device, _talker_levels(batch, talkers, generator))
-    who, start = _onto(speech.device, others[:, columns]), _onto(speech.device, start)
+    levels = onto(speech.device, _talker_levels(batch, talkers, generator))
+    who, start = onto(speech.device, others[:, columns]), onto(speech.device, start)
     if rows is not None:
         who, start, levels = who[rows], start[rows], levels[rows]
     rms = mean_power(speech, length_mask(lengths, n_samples)).sqrt().clamp(min=1e-5)
@@ -183,8 +179,8 @@ def band_limit(x: Tensor, low: Tensor | float = 0.0, high: Tensor | float = SAMP
     The edges fall over 12% of their frequency, raised cosine in amplitude: about as steep as a telephone's filter.
     """
     frequency = torch.fft.rfftfreq(x.shape[-1], 1 / SAMPLE_RATE, device=x.device)
-    low_hz = _onto(x.device, torch.as_tensor(low, dtype=torch.float32)).reshape(-1, 1)
-    high_hz = _onto(x.device, torch.as_tensor(high, dtype=torch.float32)).reshape(-1, 1)
+    low_hz = onto(x.device, torch.as_tensor(low, dtype=torch.float32)).reshape(-1, 1)
+    high_hz = onto(x.device, torch.as_tensor(high, dtype=torch.float32)).reshape(-1, 1)
     rise = ((frequency - low_hz * 0.88) / (low_hz * 0.12).clamp(min=1e-3)).clamp(0, 1)
     fall = ((high_hz * 1.12 - frequency) / (high_hz * 0.12).clamp(min=1e-3)).clamp(0, 1)
     response = (0.5 - 0.5 * torch.cos(math.pi * rise)) * (0.5 - 0.5 * torch.cos(math.pi * fall))
@@ -227,8 +223,8 @@ def spec_augment(
     torchaudio's `mask_along_axis_iid` draws from the device's own state, which can't be replayed by step: not used.
     """
     batch, n_mels, n_frames = mel.shape
-    draws = _onto(mel.device, torch.rand(batch, 2 * (freq_masks + time_masks), generator=generator))
-    total = torch.full((batch,), n_frames, device=mel.device) if frames is None else _onto(mel.device, frames)
+    draws = onto(mel.device, torch.rand(batch, 2 * (freq_masks + time_masks), generator=generator))
+    total = torch.full((batch,), n_frames, device=mel.device) if frames is None else onto(mel.device, frames)
     masked = torch.zeros(batch, n_mels, n_frames, dtype=torch.bool, device=mel.device)
     bands, times = torch.arange(n_mels, device=mel.device), torch.arange(n_frames, device=mel.device)
     for k in range(freq_masks + time_masks):
@@ -257,7 +253,7 @@ def step_generator(seed: int, rank: int = 0, step: int = 0, stream: int = 0) -> 
 
 
 def _seeds(count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-    return _onto(device, torch.randint(-(2**62), 2**62, (count,), generator=generator))
+    return onto(device, torch.randint(-(2**62), 2**62, (count,), generator=generator))
 
 
 def _hash(seeds: Tensor, n: int) -> Tensor:
@@ -380,7 +376,7 @@ class NoiseBank:
             which = torch.where(which == banned, (which + step) % len(self), which)
         period = self.lengths[which]
         start = (torch.rand(count, generator=generator, dtype=torch.float64) * period).long()
-        offset, period, start = (_onto(self.data.device, t)[:, None] for t in (self.offsets[which], period, start))
+        offset, period, start = (onto(self.data.device, t)[:, None] for t in (self.offsets[which], period, start))
         position = offset + (start + torch.arange(n_samples, device=self.data.device)) % period
         return self.data[position].float() / 32768
 
@@ -396,7 +392,7 @@ class NoiseBank:
 
         Row i has nothing of recording exclude[i].
         """
-        levels = _onto(self.data.device, _talker_levels(count, talkers, generator))
+        levels = onto(self.data.device, _talker_levels(count, talkers, generator))
         total = torch.zeros(count, n_samples, device=self.data.device)
         for k in range(talkers[1]):
             voice = self.batch(count, n_samples, generator, exclude)
@@ -409,8 +405,8 @@ class NoiseBank:
         length = self.lengths[which]
         n_taps = min(int(self.lengths.max()), int(max_seconds * SAMPLE_RATE))
         tap = torch.arange(n_taps)
-        position = _onto(self.data.device, (self.offsets[which][:, None] + tap).clamp(max=self.data.numel() - 1))
-        return self.data[position].float() / 32768 * _onto(self.data.device, tap < length[:, None])
+        position = onto(self.data.device, (self.offsets[which][:, None] + tap).clamp(max=self.data.numel() - 1))
+        return self.data[position].float() / 32768 * onto(self.data.device, tap < length[:, None])
 
 
 def recordings(source: str | os.PathLike[str]) -> list[Utterance]:
@@ -557,7 +553,7 @@ class Augment:
         """audio [B, S] float, lengths [B] -> Mixture. S grows when a clip is slowed down."""
         o, g = self.options, self.generator(step, stream=0)
         batch = audio.shape[0]
-        lengths = _onto(audio.device, lengths)
+        lengths = onto(audio.device, lengths)
         touched = torch.rand(batch, generator=g) >= o.clean_prob
         chosen = {
             name: (torch.rand(batch, generator=g) < getattr(o, f"{name}_prob")) & touched
@@ -571,11 +567,11 @@ class Augment:
         snr = torch.where(chosen["mild"], _draw(o.mild_snr, batch, g), _draw(self.snr, batch, g))
 
         audio = audio.float() * length_mask(lengths, audio.shape[-1])
-        speech, lengths = self._speed(audio * _onto(audio.device, gain)[:, None], lengths, chosen["speed"], g)
+        speech, lengths = self._speed(audio * onto(audio.device, gain)[:, None], lengths, chosen["speed"], g)
         noise, kind = self._noise(speech, lengths, noisy, chosen["second_noise"], g)
-        _, noise = add_noise(speech, noise, _onto(audio.device, snr), lengths)
+        _, noise = add_noise(speech, noise, onto(audio.device, snr), lengths)
 
-        silenced = _onto(audio.device, only)
+        silenced = onto(audio.device, only)
         clean = speech * ~silenced[:, None]
         heard = self._room(clean, lengths, chosen["reverb"] & ~only, g) + noise
         heard = self._channel(heard, chosen["codec"], chosen["clip"], g) * length_mask(lengths, heard.shape[-1])
@@ -595,7 +591,7 @@ class Augment:
         # Whether it fits is told by the batch's padded length: asking for each clip's would make the CPU wait.
         allowed = [math.ceil(x.shape[-1] / speed) <= N_SAMPLES or speed > 1 for speed in SPEEDS]
         rows = [torch.nonzero(chosen & (factor == k)).flatten() for k in range(len(SPEEDS))]
-        changed = {SPEEDS[k]: _onto(x.device, rows[k]) for k in range(len(SPEEDS)) if allowed[k] and rows[k].numel()}
+        changed = {SPEEDS[k]: onto(x.device, rows[k]) for k in range(len(SPEEDS)) if allowed[k] and rows[k].numel()}
         if not changed:
             return x, lengths
         longest = max([x.shape[-1]] + [math.ceil(x.shape[-1] / speed) for speed in changed])
@@ -625,10 +621,10 @@ class Augment:
                 index = torch.nonzero(chosen & (drawn == k)).flatten()
                 if not index.numel():
                     continue
-                rows = _onto(speech.device, index)
+                rows = onto(speech.device, index)
                 y = self._make(name, rows, speech, lengths, g)
                 rms = mean_power(y, mask[rows]).sqrt().clamp(min=y.square().mean(-1).sqrt() / 10 + 1e-10)
-                noise[rows] += y * (_onto(y.device, level[index]) / rms)[:, None]
+                noise[rows] += y * (onto(y.device, level[index]) / rms)[:, None]
                 for i in index.tolist():
                     kind[i] = f"{kind[i]}+{name}" if turn else name
         return noise, kind
@@ -645,7 +641,7 @@ class Augment:
         return colored_noise((count, n_samples), COLOURS[kind], g, speech.device)
 
     def _room(self, x: Tensor, lengths: Tensor, chosen: Tensor, g: torch.Generator) -> Tensor:
-        rows = _onto(x.device, torch.nonzero(chosen).flatten())
+        rows = onto(x.device, torch.nonzero(chosen).flatten())
         if self.rirs is None or not len(rows):
             return x
         rir = self.rirs.responses(len(rows), g, self.options.reverb_seconds).to(x.device)
@@ -662,7 +658,7 @@ class Augment:
             index = torch.nonzero(codec & (which == k)).flatten()
             if not index.numel():
                 continue
-            rows, place = _onto(x.device, index), edge[index]
+            rows, place = onto(x.device, index), edge[index]
             if k == 0:
                 out[rows] = telephone(x[rows], g)
             elif k == 1:
@@ -671,8 +667,8 @@ class Augment:
                 out[rows] = band_limit(x[rows], 100 + 400 * place)
         index = torch.nonzero(clip).flatten()
         if index.numel():
-            rows = _onto(x.device, index)
-            limit = out[rows].abs().amax(-1, keepdim=True) * _onto(x.device, ceiling[index])[:, None]
+            rows = onto(x.device, index)
+            limit = out[rows].abs().amax(-1, keepdim=True) * onto(x.device, ceiling[index])[:, None]
             out[rows] = torch.maximum(torch.minimum(out[rows], limit), -limit)
         return out
 

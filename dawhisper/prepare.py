@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, pad_or_trim
+from .audio import SAMPLE_RATE
 from .errors import DataError, OptionError
 from .manifest import (
     MAX_SECONDS,
@@ -555,10 +555,10 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
     """Batches of (key, text, language), clips of one language and of like length together."""
     import torch
 
-    from .audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram
     from .checkpoint import load_model
     from .decoding import DecodingOptions, decode
     from .targets import whisper_language
+    from .transcribe import mel_batch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(str(options.label_with), device=device)
@@ -570,8 +570,7 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
         group.sort(key=lambda pair: -pair[1].duration)  # the longest first: memory runs out at once or never
         for batch in _chunks(group, options.batch_size):
             clips = [decode_audio(u).astype(np.float32) / 32768 for _, u in batch]
-            audio = torch.from_numpy(np.stack([pad_or_trim(clip, N_SAMPLES) for clip in clips])).to(device)
-            mel = log_mel_spectrogram(audio, model.dims.n_mels)[..., :N_FRAMES].to(model.dtype)
+            mel = mel_batch(model, clips)
             results = decode(model, mel, DecodingOptions(language=language, without_timestamps=True, temperature=0.0))
             assert isinstance(results, list)  # one for each row of the batch
             # a text in a loop is no text: the clip is then learnt from without one

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .audio import load_audio, log_mel_spectrogram, pad_or_trim
-from .checkpoint import load_model, read_config, save_model
+from .checkpoint import OWN_MODEL, load_model, read_config, save_model
 from .decoding import DecodingOptions, decode_windows, initial_tokens, model_tokenizer
 from .errors import OptionError
 from .model import Whisper
@@ -88,7 +88,7 @@ def run(options: QuantizeOptions) -> str:
 
 def origin(model: str) -> dict[str, Any]:
     """Where a model comes from, as `save_model` takes it: what its file says, or its name."""
-    if not model.endswith(".safetensors") or not Path(model).is_file():
+    if model != OWN_MODEL and not (model.endswith(".safetensors") and Path(model).is_file()):
         return {"base_model": model}
     config = read_config(model)
     return {key: config[key] for key in ("base_model", "recipe")}

@@ -460,6 +460,13 @@ def padded_frames(model: Whisper, size: int) -> int:
     return min(N_FRAMES, (-(-size // FRAMES_PER_SECOND) + 1) * FRAMES_PER_SECOND)
 
 
+def mel_batch(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
+    """Clips of at most 30 s -> [B, n_mels, N] on the model's device, N the `padded_frames` of the longest."""
+    length = padded_frames(model, -(-max(map(len, clips)) // HOP_LENGTH)) * HOP_LENGTH
+    audio = torch.from_numpy(np.stack([pad_or_trim(clip, length) for clip in clips])).to(model.device)
+    return log_mel_spectrogram(audio, model.dims.n_mels)
+
+
 def decode_with_fallback(
     model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]
 ) -> list[DecodingResult]:

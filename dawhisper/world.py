@@ -1,4 +1,4 @@
-"""The processes of one training run: who this one is, and the few things they must agree on."""
+"""The processes and devices of one training run: who this one is, and the few things they must agree on."""
 
 from __future__ import annotations
 
@@ -74,3 +74,8 @@ class World:
     def leave(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def onto(device: torch.device | str, x: Tensor) -> Tensor:
+    """x on the device. A plain `.to` from the CPU would wait until the device has done all that is queued for it."""
+    return x.to(device, non_blocking=True)
