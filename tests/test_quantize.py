@@ -14,8 +14,9 @@ from test_cli import run, write_wav
 from test_transcribe import noise
 
 from dawhisper import DualOptions, load_audio, load_model, log_mel_spectrogram, pad_or_trim, save_model
+from dawhisper.checkpoint import OWN_MODEL
 from dawhisper.model import Whisper
-from dawhisper.quantize import dynamic_int8, layer_errors
+from dawhisper.quantize import dynamic_int8, layer_errors, origin
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,11 @@ def test_the_command(dual: Whisper, tmp_path: Path, capsys: pytest.CaptureFixtur
     results = json.loads((tmp_path / "new" / "small.evaluation" / "results.json").read_text())
     assert list(results["models"]) == ["float", "int8", "dynamic"]
     assert len(results["hypotheses"]) == 3 * 3 * 2
+
+
+def test_the_packages_model_keeps_its_recipe() -> None:
+    assert origin(OWN_MODEL)["recipe"]["average"]
+    assert origin("base") == {"base_model": "base"}
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
