@@ -127,8 +127,9 @@ class Rules:
     def __init__(self, model: Whisper, tokenizer: Tokenizer, options: DecodingOptions):
         # a model trained on noise alone means it when it would rather end at once than say anything at all
         self.believes_silence = options.suppress_blank and model.knows_silence
-        blank = [*tokenizer.encode(" "), *([] if self.believes_silence else [tokenizer.eot])]
-        blank = blank if options.suppress_blank else []
+        blank = tokenizer.encode(" ") if options.suppress_blank else []
+        if options.suppress_blank and not self.believes_silence:
+            blank = [*blank, tokenizer.eot]
         self.blank = torch.tensor(blank, dtype=torch.long, device=model.device)
         never = suppressed_tokens(tokenizer, options.suppress_tokens)
         self.timestamps = not options.without_timestamps

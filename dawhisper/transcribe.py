@@ -463,8 +463,8 @@ def padded_frames(model: Whisper, size: int) -> int:
 def mel_batch(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
     """Clips of at most 30 s -> [B, n_mels, N] on the model's device, N the `padded_frames` of the longest."""
     length = padded_frames(model, -(-max(map(len, clips)) // HOP_LENGTH)) * HOP_LENGTH
-    audio = torch.from_numpy(np.stack([pad_or_trim(clip, length) for clip in clips])).to(model.device)
-    return log_mel_spectrogram(audio, model.dims.n_mels)
+    audio = np.stack([pad_or_trim(clip, length) for clip in clips])
+    return log_mel_spectrogram(audio, model.dims.n_mels, device=model.device)
 
 
 def decode_with_fallback(
