@@ -311,8 +311,9 @@ def test_model_names(tmp_path: Path) -> None:
         parse_models(["base", "base"])
     with pytest.raises(OptionError, match="names no model"):
         parse_models(["x="])
-    with pytest.raises(OptionError, match="openai-whisper can't load dawhisper-base"):
-        check_models(parse_models(["openai:dawhisper-base"]))
+    for spec in ("openai:dawhisper-base", "openai:runs/b/last.safetensors", "hf:dawhisper-base"):
+        with pytest.raises(OptionError, match=f"can't load {spec.partition(':')[2]}; give --model"):
+            check_models(parse_models([spec]))
 
 
 # ---- a whole run --------------------------------------------------------------------------------------------------
