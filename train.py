@@ -36,8 +36,10 @@ from dawhisper.feed import Feed
 from dawhisper.model import Whisper
 from dawhisper.optim import Average, make_optimizer, optimizer_step, rate_factor, set_rate
 from dawhisper.recipe import Recipe, differences, read_recipe, to_dict
+from dawhisper.replay import TOKEN_MULTIPLE, Replay
 from dawhisper.runlog import Log
 from dawhisper.student import (
+    Inputs,
     Student,
     Teacher,
     attention_kernel,
@@ -97,7 +99,7 @@ def train(recipe: Recipe, world: World) -> int:
     average = Average(model, recipe.optim.ema) if recipe.optim.ema else None
     student = Student(model, recipe.objective).to(world.device)
     compile = compile_mode(loop.compile, world.device)
-    multiple = 64 if compile == "model" else 1
+    multiple = 64 if compile == "model" else TOKEN_MULTIPLE if loop.graph else 1
     feed = Feed(recipe, model, teacher.model if teacher else None, world, multiple)
     parallel = parallelise(student, teacher, world, compile, loop.fsdp)
     optimizer = make_optimizer(student, recipe.optim)
@@ -109,6 +111,15 @@ def train(recipe: Recipe, world: World) -> int:
     log = Log(recipe, model, world, progress.step, amp)
     log.say(describe(recipe, model, teacher, feed, world, amp))
 
+    def passes(inputs: Inputs, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward pass of one micro-batch: the loss and its parts."""
+        with numerics(loop.attention, amp, world.device):
+            lesson = None if teacher is None else teacher(inputs)
+            loss, report = parallel(inputs, lesson, counts)
+            scaler.scale(loss).backward()
+        return loss.detach(), report
+
+    run = Replay(passes) if loop.graph else passes
     terminated: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
     steps = min(loop.steps, progress.step + 2) if recipe.dry_run else loop.steps
@@ -125,17 +136,15 @@ def train(recipe: Recipe, world: World) -> int:
         set_rate(optimizer, rate_factor(step, loop.steps, recipe.optim.warmup, recipe.optim.final))
         finite = torch.ones((), device=world.device)
         for inputs in micro_batches:
-            with synchronised(parallel, inputs is micro_batches[-1]), numerics(loop.attention, amp, world.device):
-                lesson = None if teacher is None else teacher(inputs)
-                loss, report = parallel(inputs, lesson, counts)
-                finite = finite * loss.detach().isfinite()
-                scaler.scale(loss).backward()
-            log.add(inputs, loss.detach(), report)
+            with synchronised(parallel, inputs is micro_batches[-1]):
+                loss, report = run(inputs, counts)
+            finite = finite * loss.isfinite()
+            log.add(inputs, loss, report)
         scaler.unscale_(optimizer)
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.optim.clip or math.inf, foreach=True))
         bad = (world.sum(1 - finite) > 0) | ~norm.isfinite()
         optimizer_step(optimizer, scaler, bad)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not loop.graph)
         bad_steps = torch.stack([(bad_steps[0] + 1) * bad, bad_steps[1] + bad])
         progress.step = step = step + 1
         if average is not None:

@@ -33,6 +33,7 @@ from dawhisper.losses import IGNORE
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.optim import make_optimizer, optimizer_step
 from dawhisper.recipe import ObjectiveOptions, OptimOptions
+from dawhisper.replay import Replay
 from dawhisper.student import Inputs, Student, Teacher, attention_kernel, count, parallelise
 from dawhisper.world import World
 
@@ -84,48 +85,22 @@ def ours(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions, obj
     parameters = list(student.parameters())
     counts = count(inputs)
 
-    def backward() -> Tensor:
+    def passes(inputs: Inputs, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(world.device), attention_kernel(options.attention):
             lesson = None if teacher is None else teacher(inputs)
-            loss, _ = parallel(inputs, lesson, counts)
-        loss.backward()
-        return loss.detach()
+            loss, report = parallel(inputs, lesson, counts)
+            loss.backward()
+        return loss.detach(), report
 
-    if options.graph:
-        replay = captured(backward, parameters)
-        return lambda: update(parameters, optimizer, replay())
+    run = Replay(passes) if options.graph else passes
 
     def step() -> Tensor:
-        loss = update(parameters, optimizer, backward())
-        optimizer.zero_grad(set_to_none=True)
+        loss, _ = run(inputs, counts)
+        update(parameters, optimizer, loss)
+        optimizer.zero_grad(set_to_none=not options.graph)
         return loss
 
     return step
-
-
-def captured(backward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Callable[[], Tensor]:
-    """`backward` as a CUDA graph that leaves its gradients in the same place each time: no launches by Python."""
-
-    def from_nothing() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        return backward()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a first run sets up can't be captured
-        for _ in range(2):
-            from_nothing()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = from_nothing()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 def transformers_model(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions) -> Step:
@@ -226,7 +201,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--compile", choices=["off", "encoder", "model"], default="encoder", help="ours")
-    parser.add_argument("--graph", action="store_true", help="ours: forward and backward pass as one CUDA graph")
+    parser.add_argument("--graph", action="store_true", help="ours: as loop.graph")
     parser.add_argument("--compile-peers", action="store_true", help="torch.compile the peers too")
     parser.add_argument("--attention", choices=["default", "cudnn", "flash"], default="default", help="ours")
     parser.add_argument("--frames", type=int, default=1500, help="encoder positions of a window; 1500 = 30 s")

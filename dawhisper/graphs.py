@@ -7,7 +7,7 @@ reads the cache up to one of a few spans, with what is not written yet masked ou
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -51,7 +51,8 @@ class StaticKVCache(KVCache):
         self.position = torch.zeros(1, dtype=torch.long, device=self.states.device)
         self.columns = torch.arange(self.states.shape[-2], device=self.states.device)
         self.weights = [block.joint_weights() for block in decoder.blocks]  # type: ignore[operator]
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the logits that they leave, by span
+        self.graphs: dict[int, Callable[[], Tensor]] = {}  # by span
+        self.pool = torch.cuda.graph_pool_handle() if self.token.is_cuda else None  # memory that they share
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +92,7 @@ class StaticKVCache(KVCache):
             return self._step(decoder, span)
         if span not in self.graphs:
             self.graphs[span] = self._captured(decoder, span)
-        graph, logits = self.graphs[span]
-        graph.replay()
-        return logits
+        return self.graphs[span]()
 
     def _step(self, decoder: TextDecoder, span: int) -> Tensor:
         x = decoder.token_embedding(self.token) + decoder.positional_embedding[self.position]
@@ -106,7 +105,7 @@ class StaticKVCache(KVCache):
             x = forward(block, x, memory, slot, 0, None, weights)
         return decoder.logits(x)[:, 0]
 
-    def _captured(self, decoder: TextDecoder, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _captured(self, decoder: TextDecoder, span: int) -> Callable[[], Tensor]:
         """A graph of this step; running it repeatedly writes the same keys and values again."""
         with torch.cuda.device(self.token.device):
             side = torch.cuda.Stream()
@@ -115,11 +114,23 @@ class StaticKVCache(KVCache):
                 for _ in range(2):
                     self._step(decoder, span)
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            pool = next((other.pool() for other, _ in self.graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._step(decoder, span)
-        return graph, logits
+            return captured(lambda: self._step(decoder, span), self.pool)
+
+
+def captured(step: Callable[[], Tensor], pool: Any = None) -> Callable[[], Tensor]:
+    """`step` as a CUDA graph: it works on tensors that stay in place, and gives the same one each time.
+
+    Capturing runs nothing; `step` must have run before. Graphs of one pool must not rely on each other's results.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @cache

@@ -143,9 +143,10 @@ class LoopOptions:
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
     on a GPU that has it, fp32 on the CPU); compile: off, encoder (its blocks, in seconds), model (everything, minutes,
-    with tokens padded to multiples of 64), auto (encoder on a GPU); attention: the kernel to try first, flash, cudnn
-    (plans each new shape for milliseconds) or default (torch's choice); fsdp: shard weights and optimiser over the
-    devices; deterministic: bit-for-bit repeatable on a GPU too, slower.
+    with tokens padded to multiples of 64), auto (encoder on a GPU); graph: replay forward and backward pass on a GPU
+    as CUDA graphs, one for each length of audio and text, with tokens padded to multiples of 32; attention: the kernel
+    to try first, flash, cudnn (plans each new shape for milliseconds) or default (torch's choice); fsdp: shard weights
+    and optimiser over the devices; deterministic: bit-for-bit repeatable on a GPU too, slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
     encoder positions. max_bad_steps: non-finite steps in a row that end the run. memory_share: of the GPU's memory that
     this process may take, for several runs side by side.
@@ -155,6 +156,7 @@ class LoopOptions:
     accumulate: int = 1
     precision: str = "auto"
     compile: str = "auto"
+    graph: bool = False
     attention: str = "flash"
     gradient_checkpointing: bool = False
     fsdp: bool = False
@@ -230,6 +232,8 @@ class Recipe:
             raise OptionError("nothing teaches the decoder: set objective.cross_entropy or objective.logits above 0")
         if self.loop.fsdp and (self.optim.ema or self.loop.precision == "fp16"):
             raise OptionError("loop.fsdp goes with neither optim.ema nor loop.precision=fp16; use bf16 and no average")
+        if self.loop.graph and (self.loop.fsdp or self.loop.precision == "fp16"):
+            raise OptionError("loop.graph goes with neither loop.fsdp nor loop.precision=fp16; use bf16, unsharded")
         single = [k for k in ("gate", "noise_attention", "noise_mel") if getattr(self.objective, k)]
         if not self.model.dual and single:
             raise OptionError(f"model.dual is false, so nothing has a gate: set objective.{single[0]} to 0")
