@@ -101,7 +101,7 @@ def train(recipe: Recipe, world: World) -> int:
     compile = compile_mode(loop.compile, world.device)
     multiple = 64 if compile == "model" else TOKEN_MULTIPLE if loop.graph else 1
     feed = Feed(recipe, model, teacher.model if teacher else None, world, multiple)
-    parallel = parallelise(student, teacher, world, compile, loop.fsdp)
+    parallel = parallelise(student, teacher, world, compile, loop.fsdp, loop.graph)
     optimizer = make_optimizer(student, recipe.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
     judge = Judge(recipe, model, world, amp) if recipe.data.dev and recipe.evaluate.every else None
@@ -140,6 +140,8 @@ def train(recipe: Recipe, world: World) -> int:
                 loss, report = run(inputs, counts)
             finite = finite * loss.isfinite()
             log.add(inputs, loss, report)
+        if loop.graph:
+            world.average([p.grad for p in parameters if p.grad is not None])
         scaler.unscale_(optimizer)
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.optim.clip or math.inf, foreach=True))
         bad = (world.sum(1 - finite) > 0) | ~norm.isfinite()

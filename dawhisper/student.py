@@ -166,11 +166,14 @@ class Student(nn.Module):
         return total, report
 
 
-def parallelise(student: Student, teacher: Teacher | None, world: World, compile: str, fsdp: bool) -> nn.Module:
+def parallelise(
+    student: Student, teacher: Teacher | None, world: World, compile: str, fsdp: bool, graph: bool = False
+) -> nn.Module:
     """What the loop calls in the student's place: compiled, and shared by the world's processes.
 
     compile "encoder": the encoders' blocks, which take most of the time; one stands for all, so it compiles in seconds;
     "model": the whole forward pass, anew for each length of audio and text.
+    graph: replayed passes exchange no gradients, so the loop does.
     """
     torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
     if compile == "encoder":
@@ -180,7 +183,7 @@ def parallelise(student: Student, teacher: Teacher | None, world: World, compile
     parallel: nn.Module = student
     if fsdp:
         parallel = shard(student, world)
-    elif world.size > 1:
+    elif world.size > 1 and not graph:
         parallel = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     if compile == "model":
         parallel.compile(dynamic=False)

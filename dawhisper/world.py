@@ -55,6 +55,13 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def average(self, tensors: list[Tensor]) -> None:
+        """Each tensor's mean over all processes, in place, by one exchange."""
+        if self.size > 1:
+            means = self.sum(torch.cat([x.flatten() for x in tensors])) / self.size
+            parts = means.split([x.numel() for x in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
+
     def any(self, flag: bool) -> bool:
         """Whether it holds for one of the processes; they wait for one another."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
