@@ -119,3 +119,4 @@ def test_impossible_combinations(tmp_path: Path) -> None:
     path = write(tmp_path, "loop: {fsdp: true}\n")
     assert "optim.ema" in complaint(path, "optim.ema=0.999")
     assert "fp16" in complaint(path, "loop.precision=fp16")
+    assert "loop.graph" in complaint(path, "loop.graph=true")
