@@ -120,7 +120,8 @@ class StaticKVCache(KVCache):
 def captured(step: Callable[[], Tensor], pool: Any = None) -> Callable[[], Tensor]:
     """`step` as a CUDA graph: it works on tensors that stay in place, and gives the same one each time.
 
-    Capturing runs nothing; `step` must have run before. Graphs of one pool must not rely on each other's results.
+    Capturing runs nothing; `step` must have run before. A graph holds addresses alone: the caller keeps alive what
+    `step` reads, weights included. Graphs of one pool overwrite each other's results.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
