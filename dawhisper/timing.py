@@ -76,7 +76,9 @@ def find_alignment(
     weights = scores[:, :, : num_frames // 2].softmax(dim=-1)
     std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)
     weights = median_filter((weights - mean) / std, filter_width)
+    threads = torch.get_num_threads()
     text_path, time_path = dtw(-weights.mean(dim=0)[n_start:-1])
+    torch.set_num_threads(threads)  # numba's first parallel function gives torch a thread for each processor
 
     words, word_tokens = tokenizer.split_to_word_tokens([*text_tokens, tokenizer.eot])
     if len(word_tokens) <= 1:

@@ -14,10 +14,11 @@ import whisper
 from peer import MULTILINGUAL, VARIANTS, pair, talkative, trained
 
 import dawhisper
+from dawhisper import timing
 from dawhisper.decoding import DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, DualOptions, Whisper
-from dawhisper.timing import Word
+from dawhisper.timing import Word, dtw
 from dawhisper.transcribe import (
     Segment,
     TranscribeOptions,
@@ -150,6 +151,20 @@ def test_a_dual_model_transcribes_with_words() -> None:
     result = model.transcribe(noise(35), language="en", word_timestamps=True, **FAST, **SURE)
     assert result.segments
     assert all(s.start <= s.end for s in result.segments)
+
+
+def test_word_times_leave_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+
+    def as_numba(cost: torch.Tensor) -> np.ndarray:
+        torch.set_num_threads(threads + 1)  # its first parallel function in a process
+        return dtw(cost)
+
+    monkeypatch.setattr(timing, "dtw", as_numba)
+    model, _ = pair()
+    result = model.transcribe(noise(3), language="en", word_timestamps=True, **FAST, **SURE)
+    assert result.segments[0].words
+    assert torch.get_num_threads() == threads
 
 
 def test_a_window_is_encoded_as_long_as_the_model_was_trained_for() -> None:
