@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dawhisper.graphs import captured
-from dawhisper.student import Inputs
+from .graphs import captured
+from .student import Inputs
 
 TOKEN_MULTIPLE = 32  # tokens are padded to it: each shape is a graph
 MOST_GRAPHS = 64  # rarer shapes run as they do without
