@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _export_parser,
         _quantize_parser,
         _average_parser,
+        _join_parser,
     ):
         add(commands)
     args = vars(parser.parse_args(argv))
@@ -535,4 +536,32 @@ def _average(**options: Any) -> int:
     from .average import AverageOptions, run
 
     print(run(AverageOptions(**options)))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- join
+
+
+def _join_parser(commands: Any) -> None:
+    p = commands.add_parser(
+        "join",
+        help="windows of several clips, for training",
+        description="Joins clips of one speaker, with pauses between them, into windows as they occur in long "
+        "recordings; their manifest says when each is spoken.",
+        formatter_class=_Help,
+    )
+    p.set_defaults(run=_join)
+    add = p.add_argument
+    add("manifests", nargs="+", metavar="MANIFEST", help="clips with text, or labelled by dawhisper prepare")
+    add("--out", required=True, metavar="DIR", help="folder for the windows and manifest.jsonl")
+    add("--seconds", type=float, nargs=2, default=(12.0, 29.0), metavar=("MIN", "MAX"), help="length of a window")
+    add("--pause", type=float, nargs=2, default=(0.1, 0.8), metavar=("MIN", "MAX"), help="seconds between two clips")
+    add("--seed", type=int, default=0, help="of the lengths and pauses")
+    add("--workers", type=int, help="processes; default: the machine's cores")
+
+
+def _join(seconds: Sequence[float], pause: Sequence[float], **options: Any) -> int:
+    from .join import JoinOptions, run
+
+    print(run(JoinOptions(seconds=(seconds[0], seconds[1]), pause=(pause[0], pause[1]), **options)))
     return 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, open_media
+from .audio import SAMPLE_RATE, open_media
 from .errors import DataError, OptionError
 from .manifest import (
     MAX_SECONDS,
@@ -75,11 +75,13 @@ class Batch:
     position: int  # place of the global batch's first sample in the stream
 
     def retimed(self, lengths: Tensor) -> Batch:
-        """The same batch with the end time stamps of clips that are now `lengths` [B] samples long (a new speed)."""
-        stamp = (self.timestamp_begin + (lengths / N_SAMPLES_PER_TOKEN).round().long().clamp(max=1500))[:, None]
-        tokens = torch.where(self.tokens > self.timestamp_begin, stamp, self.tokens)
-        labels = torch.where(self.labels > self.timestamp_begin, stamp, self.labels)
-        return replace(self, lengths=lengths, tokens=tokens, labels=labels)
+        """The same batch with the time stamps of clips that are now `lengths` [B] samples long (a new speed)."""
+        first, stretch = self.timestamp_begin, (lengths / self.lengths)[:, None]
+
+        def stretched(x: Tensor) -> Tensor:
+            return torch.where(x > first, first + ((x - first) * stretch).round().long().clamp(max=1500), x)
+
+        return replace(self, lengths=lengths, tokens=stretched(self.tokens), labels=stretched(self.labels))
 
 
 def silence_targets(batch: Batch, mask: Tensor) -> Batch:

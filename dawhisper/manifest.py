@@ -2,8 +2,9 @@
 
 A manifest is a JSONL file, one utterance a line: "audio" (a path relative to the manifest), "duration" in seconds, and
 where known "text", "language", "speaker", "source", "start"/"end" (a part of the file), "teacher_text" and
-"teacher_language" (what a Whisper hears in the clean clip). A shard is a tar of audio files, each beside a .json of
-the same keys; a manifest may point into shards by "offset" and "size", or list them by "shard".
+"teacher_language" (what a Whisper hears in the clean clip), and "segments" (when which part of it is spoken). A shard
+is a tar of audio files, each beside a .json of the same keys; a manifest may point into shards by "offset" and "size",
+or list them by "shard".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,16 @@ MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
 T = TypeVar("T")
 R = TypeVar("R")
 SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
+
+
+@dataclass(frozen=True)
+class SpokenSegment:
+    """A part of an utterance, with its times in seconds from the utterance's beginning."""
+
+    start: float
+    end: float
+    text: str | None = None
+    teacher_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Utterance:
     teacher_language: str | None = None
     offset: int | None = None  # bytes into the shard
     size: int | None = None  # bytes
+    segments: tuple[SpokenSegment, ...] | None = None  # of a window of several sentences, for its time stamps
 
     @property
     def name(self) -> str:
@@ -129,10 +141,19 @@ def _read_file(path: Path, report: Report) -> list[Utterance]:
     return utterances
 
 
-_FIELD_TYPES: dict[str, type] = {
+def _segments(lines: Any) -> tuple[SpokenSegment, ...]:
+    segments = tuple(SpokenSegment(**line) for line in lines)
+    times = [float(time) for segment in segments for time in (segment.start, segment.end)]
+    if times != sorted(times) or not all(0 <= time <= MAX_SECONDS for time in times):
+        raise ValueError(f"segments must follow each other within {MAX_SECONDS:g} s")
+    return segments
+
+
+_FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     **{f.name: str for f in fields(Utterance)},
     **dict.fromkeys(("duration", "start", "end"), float),
     **dict.fromkeys(("offset", "size"), int),
+    "segments": _segments,
 }
 
 
@@ -142,6 +163,16 @@ def _utterance(line: Any, folder: Path) -> Utterance:
     known = {key: kind(line[key]) for key, kind in _FIELD_TYPES.items() if line.get(key) is not None}
     known["audio"] = os.path.normpath(folder / known["audio"])
     return Utterance(**known)
+
+
+def manifest_line(u: Utterance, folder: Path) -> str:
+    """The utterance's line in a manifest of this folder; its path is relative unless they have no folder in common."""
+    values = {key: value for key, value in asdict(u).items() if value is not None}
+    audio, folder = os.path.abspath(u.audio), Path(os.path.abspath(folder))  # noqa: PTH100
+    shared = os.path.commonpath([audio, folder])
+    values["audio"] = os.path.relpath(audio, folder) if len(Path(shared).parts) > 1 else audio
+    values["duration"] = round(u.duration, 4)
+    return json.dumps(values, ensure_ascii=False)
 
 
 def read_shard(path: Path, report: Report) -> list[Utterance]:

@@ -34,6 +34,7 @@ from .manifest import (
     Report,
     Utterance,
     decode_audio,
+    manifest_line,
     read_manifest,
     read_shard,
     start_process,
@@ -157,7 +158,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
         if options.shard:
             utterances = _write_shards(utterances, split, options, report.dropped)
         path = out / f"{split}.jsonl"
-        _write_lines(path, (_line(u, out) for u in utterances))
+        _write_lines(path, (manifest_line(u, out) for u in utterances))
         report.manifests[split], report.items[split] = str(path), len(utterances)
         report.hours[split] = sum(u.duration for u in utterances) / 3600
         report.speakers[split] = len({u.speaker for u in utterances if u.speaker})
@@ -693,7 +694,7 @@ def _write_shard(job: _ShardJob) -> list[tuple[str, str]]:
                 except DataError as error:
                     bad.append((u.name, str(error)))
                     continue
-                line = json.loads(_line(u, Path("/")))
+                line = json.loads(manifest_line(u, Path("/")))
                 line = {key: v for key, v in line.items() if key not in ("audio", "start", "end", "offset", "size")}
                 _add(tar, f"{number:06d}.{job.codec}", encode_audio(audio, job.codec, job.bitrate))
                 _add(tar, f"{number:06d}.json", json.dumps(line, ensure_ascii=False).encode())
@@ -743,16 +744,6 @@ def encode_audio(audio: np.ndarray, codec: str = "opus", bitrate: int = 32000) -
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
-
-
-def _line(u: Utterance, out: Path) -> str:
-    """A manifest line; the path is relative to the manifest unless they have no folder in common."""
-    values = {key: value for key, value in asdict(u).items() if value is not None}
-    audio, folder = os.path.abspath(u.audio), os.path.abspath(out)  # noqa: PTH100
-    shared = os.path.commonpath([audio, folder])
-    values["audio"] = os.path.relpath(audio, folder) if len(Path(shared).parts) > 1 else audio
-    values["duration"] = round(u.duration, 4)
-    return json.dumps(values, ensure_ascii=False)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from .audio import N_SAMPLES_PER_TOKEN
+from .audio import SAMPLE_RATE, TOKENS_PER_SECOND
 from .errors import DataError, OptionError
 from .manifest import Utterance
 
@@ -114,13 +114,14 @@ class Targets:
         prefix.append(tokenizer.timestamp_begin if stamped else tokenizer.no_timestamps)
         if chosen is None:
             return Target(prefix, [IGNORE] * len(prefix), 0, len(prefix) - 1, False)
-        body = self.encode(chosen[0], language)
-        n = len(body) + 2  # with its time stamp, drawn or not: what fits once must fit at every draw
+        plain = self.encode(chosen[0], language)
+        with_stamps = self._with_stamps(u, plain, language, n_samples)
+        n = len(with_stamps)  # drawn or not: what fits once must fit at every draw
         if n > o.max_tokens or len(prefix) + n > o.n_text_ctx + 1:
             raise DataError(f"text too long: {n} tokens, more than {min(o.n_text_ctx, o.max_tokens)}")
         if stamped:
-            body.append(tokenizer.timestamp_begin + round(n_samples / N_SAMPLES_PER_TOKEN))
-        body.append(tokenizer.eot)
+            prefix[-1], *plain = with_stamps
+        body = [*plain, tokenizer.eot]
         room = o.n_text_ctx + 1 - len(prefix) - len(body)
         prompt: list[int] = []
         before = self.choose(previous) if previous is not None and draw_prompt < o.prompt else None
@@ -130,6 +131,20 @@ class Targets:
         full = prompt + prefix + body
         labels = [IGNORE] * len(prompt) + full[len(prompt) + 1 :]
         return Target(full[:-1], labels, len(prompt), len(prompt) + len(prefix) - 1, chosen[2])
+
+    def _with_stamps(self, u: Utterance, plain: list[int], language: str, n_samples: int) -> list[int]:
+        """Each segment between its time stamps; without segments, or where one has no text, the whole between two."""
+        spoken = [(0.0, n_samples / SAMPLE_RATE, plain)]
+        segments = u.segments or ()
+        texts = [self.choose(replace(u, text=s.text, teacher_text=s.teacher_text, segments=None)) for s in segments]
+        if texts and all(texts):
+            parts = [self.encode(chosen[0], language) for chosen in texts if chosen]
+            spoken = [(s.start, s.end, part) for s, part in zip(segments, parts)]
+        tokens = []
+        for start, end, part in spoken:
+            first, last = (self.tokenizer.timestamp_begin + round(TOKENS_PER_SECOND * x) for x in (start, end))
+            tokens += [first, *part, last]
+        return tokens
 
     def encode(self, text: str, language: str) -> list[int]:
         """Text -> token ids, with the leading space that Whisper's texts have."""

@@ -104,6 +104,9 @@ def place(tmp_path: Path) -> Path:
             write_wav(folder / name / str(i) / "clip.wav", speech[i * 8000 : 32000 + i * 8000])
             if name != "recordings":
                 (folder / name / str(i) / "clip.txt").write_text("modern printers understand this")
+            if name == "speech":
+                shutil.copy(folder / name / str(i) / "clip.wav", folder / name / str(i) / "next.wav")
+                (folder / name / str(i) / "next.txt").write_text("printers understand this")
     for name in ("noise", "noise_dev", "NOISE_FOLDER"):
         (folder / name).mkdir()
         write_wav(folder / name / "hum.wav", 0.3 * noise(3))
@@ -171,6 +174,8 @@ class Reader:
             words += ["--model", str(model)]
         if words[0] == "evaluate":
             words += ["--limit", "1", "--bootstrap-samples", "10", "--snr", "0", "--kinds", "clean", "white"]
+        if words[0] == "join":
+            words += ["--seconds", "3", "29"]
         if words[0] == "quantize" and "--manifest" in words:
             words += ["--limit", "1"]
         if words[0] == "bench":
