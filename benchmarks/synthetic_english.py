@@ -11,14 +11,13 @@ sentences take a few seconds of a core. What it teaches is words, not how people
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from multiprocessing import Pool
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +25,17 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.errors import DataError, DawhisperError
-from dawhisper.manifest import MAX_SECONDS, MIN_SECONDS, to_int16
+from dawhisper.manifest import MAX_SECONDS, MIN_SECONDS, Utterance, in_processes, to_int16, write_manifest
 from dawhisper.prepare import encode_audio
 
-VOICES = [("flite", voice) for voice in ("slt", "rms", "awb", "kal16")] + [
-    ("pico2wave", "en-US"),
-    ("pico2wave", "en-GB"),
-]
+VOICES = (
+    *(("flite", voice) for voice in ("slt", "rms", "awb", "kal16")),
+    *(("pico2wave", voice) for voice in ("en-US", "en-GB")),
+)
 WEIGHTS = {"flite": 1, "pico2wave": 3}  # of each voice
 WARP = (0.9, 1.12)  # resampled by this: pitch, formants and rate of somebody else
 LEVEL = (0.2, 0.9)  # of full scale, at the loudest sample
 QUIET = 0.006  # of full scale: what lies outside louder samples is cut off, but for a tenth of a second
-Job = tuple[int, str, Path, int]  # number, text, folder, seed
 
 
 def main() -> int:
@@ -49,7 +47,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        if not installed():
+        voices = [(engine, voice) for engine, voice in VOICES if shutil.which(engine)]
+        if not voices:
             raise DataError("neither flite nor pico2wave is installed: apt-get install flite, or libttspico-utils")
         sentences = read_sentences(args.text)
         chosen = random.Random(args.seed).sample(sentences, min(args.sentences, len(sentences)))
@@ -57,18 +56,13 @@ def main() -> int:
         print(f"synthetic_english: error: {error}", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
-    jobs: list[Job] = [(number, text, args.out, args.seed) for number, text in enumerate(chosen)]
-    with Pool(args.processes) as pool:
-        made = list(tqdm(pool.imap(read, jobs, chunksize=16), total=len(jobs), unit="clip", disable=None))
-    lines = [line for line in made if line is not None]
-    (args.out / "manifest.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), "utf-8")
-    hours = sum(float(str(line["duration"])) for line in lines) / 3600
-    print(f"{args.out}: {len(lines)} of {len(jobs)} clips, {hours:.2f} h")
+    job = partial(read, voices, args.out, args.seed)
+    jobs = in_processes(job, list(enumerate(chosen)), args.processes)
+    made = list(tqdm(jobs, total=len(chosen), unit="clip", disable=None))
+    clips = [u for u in made if u is not None]
+    write_manifest(args.out / "manifest.jsonl", clips)
+    print(f"{args.out}: {len(clips)} of {len(chosen)} clips, {sum(u.duration for u in clips) / 3600:.2f} h")
     return 0
-
-
-def installed() -> list[tuple[str, str]]:
-    return [(engine, voice) for engine, voice in VOICES if shutil.which(engine)]
 
 
 def read_sentences(files: list[Path]) -> list[str]:
@@ -82,11 +76,10 @@ def read_sentences(files: list[Path]) -> list[str]:
     return [line for line in lines if line]
 
 
-def read(job: Job) -> dict[str, object] | None:
-    """Write the clip of one sentence; its manifest line, None where the engine fails or it can't be trained on."""
-    number, text, folder, seed = job
+def read(voices: list[tuple[str, str]], folder: Path, seed: int, sentence: tuple[int, str]) -> Utterance | None:
+    """Write the clip of one numbered sentence; None where the engine fails or it can't be trained on."""
+    number, text = sentence
     rng = random.Random(seed << 32 | number)
-    voices = installed()
     engine, voice = rng.choices(voices, [WEIGHTS[engine] for engine, _ in voices])[0]
     with tempfile.TemporaryDirectory() as temporary:
         wav = Path(temporary) / "clip.wav"
@@ -105,29 +98,19 @@ def read(job: Job) -> dict[str, object] | None:
     seconds = len(audio) / SAMPLE_RATE
     if not MIN_SECONDS <= seconds < MAX_SECONDS:
         return None
-    name = f"{number:06d}.flac"
-    (folder / name).write_bytes(encode_audio(to_int16(audio.astype(np.float32)), "flac", 0))
-    speaker = {"speaker": f"{engine}-{voice}", "source": f"synthetic, {engine}"}
-    return {"audio": name, "text": text, "duration": round(seconds, 4), "language": "en", **speaker}
+    path = folder / f"{number:06d}.flac"
+    path.write_bytes(encode_audio(to_int16(audio.astype(np.float32)), "flac"))
+    return Utterance(str(path), text, seconds, "en", speaker=f"{engine}-{voice}", source=f"synthetic, {engine}")
 
 
 def command(engine: str, voice: str, text: str, wav: Path, rng: random.Random) -> list[str]:
     if engine == "flite":
-        return [
-            "flite",
-            "-voice",
-            voice,
-            "--setf",
-            f"duration_stretch={rng.uniform(0.85, 1.2):.2f}",
-            "-t",
-            text,
-            "-o",
-            str(wav),
-        ]
+        stretch = f"duration_stretch={rng.uniform(0.85, 1.2):.2f}"
+        return [engine, "-voice", voice, "--setf", stretch, "-t", text, "-o", str(wav)]
     marked = text.replace("&", "and").replace("<", " ").replace(">", " ")
     speed, pitch = rng.randint(85, 118), rng.randint(70, 130)
     spoken = f'<speed level="{speed}"><pitch level="{pitch}">{marked}</pitch></speed>'
-    return ["pico2wave", "-l", voice, "-w", str(wav), spoken]
+    return [engine, "-l", voice, "-w", str(wav), spoken]
 
 
 if __name__ == "__main__":

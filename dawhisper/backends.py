@@ -115,10 +115,9 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
             module, package = PACKAGES[spec.backend]
             if importlib.util.find_spec(module) is None:
                 raise OptionError(f"--model {spec.spec} needs {package}, which is not installed: pip install {package}")
-        own = spec.path == OWN_MODEL or spec.path.endswith(".safetensors")
-        if own and spec.backend in ("openai", "faster", "hf"):
-            package = PACKAGES[spec.backend][1]
-            raise OptionError(f"--model {spec.spec}: {package} can't load {spec.path}; give --model {spec.path}")
+            own = spec.path == OWN_MODEL or spec.path.endswith(".safetensors")
+            if own and spec.backend != "dynamic":
+                raise OptionError(f"--model {spec.spec}: {package} can't load {spec.path}; give --model {spec.path}")
         if (
             spec.backend in ("", "openai", "dynamic")
             and spec.path not in available_models()

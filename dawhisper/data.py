@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .audio import SAMPLE_RATE, open_media
+from .audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, open_media
 from .errors import DataError, OptionError
 from .manifest import (
     MAX_SECONDS,
@@ -76,7 +76,9 @@ class Batch:
 
     def retimed(self, lengths: Tensor) -> Batch:
         """The same batch with the time stamps of clips that are now `lengths` [B] samples long (a new speed)."""
-        first, stretch = self.timestamp_begin, (lengths / self.lengths)[:, None]
+        first = self.timestamp_begin
+        before, after = ((n / N_SAMPLES_PER_TOKEN).round() for n in (self.lengths, lengths))  # the stamps of the ends
+        stretch = (after / before)[:, None]
 
         def stretched(x: Tensor) -> Tensor:
             return torch.where(x > first, first + ((x - first) * stretch).round().long().clamp(max=1500), x)
@@ -447,7 +449,7 @@ def make_loader(
         raise OptionError(f"batch_size {batch_size}, workers {workers}, rank {rank} of {world_size}: out of range")
     report, usable, chooser = Report(), [], Targets(targets)
     for manifest in [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests:
-        for utterance in _with_durations(read_manifest(manifest, report)):
+        for utterance in with_durations(read_manifest(manifest, report)):
             why = _unusable(utterance, targets, chooser)
             if why:
                 report.add(utterance.name, why)
@@ -491,7 +493,7 @@ def _unusable(u: Utterance, options: TargetOptions, chooser: Targets) -> str:
     return ""
 
 
-def _with_durations(utterances: list[Utterance]) -> list[Utterance]:
+def with_durations(utterances: list[Utterance]) -> list[Utterance]:
     """Fill in the durations that a hand-made manifest leaves out, from the files' headers."""
     missing = [i for i, u in enumerate(utterances) if not u.duration > 0]
     if missing:

@@ -15,16 +15,18 @@ import numpy as np
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE
+from .data import with_durations
 from .errors import DataError, OptionError
 from .manifest import (
     MAX_SECONDS,
+    SLACK_SECONDS,
     Report,
     SpokenSegment,
     Utterance,
     decode_audio,
     in_processes,
-    manifest_line,
     read_manifest,
+    write_manifest,
 )
 from .output import writable_folder
 from .prepare import encode_audio
@@ -49,18 +51,16 @@ class JoinOptions:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("seconds", MAX_SECONDS), ("pause", MAX_SECONDS)):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= most:
-                raise OptionError(
-                    f"--{name} is two numbers from 0 to {most:g}, the smaller one first, not {low} {high}"
-                )
+        for name, (low, high) in (("seconds", self.seconds), ("pause", self.pause)):
+            if not 0 <= low <= high <= MAX_SECONDS:
+                rule = f"two numbers from 0 to {MAX_SECONDS:g}, the smaller one first"
+                raise OptionError(f"--{name} is {rule}, not {low} {high}")
 
 
 def run(options: JoinOptions) -> str:
     """Write the windows; returns what was written. DataError where no clips can be joined."""
     report = Report()
-    utterances = [u for path in options.manifests for u in read_manifest(path, report)]
+    utterances = with_durations([u for path in options.manifests for u in read_manifest(path, report)])
     windows = list(plan(utterances, options))
     if not windows:
         raise DataError(
@@ -77,7 +77,7 @@ def run(options: JoinOptions) -> str:
             report.add(*why)
     joined = [u for u, _ in made if u is not None]
     manifest = out / "manifest.jsonl"
-    manifest.write_text("".join(f"{manifest_line(u, out)}\n" for u in joined), "utf-8")
+    write_manifest(manifest, joined)
     hours = sum(u.duration for u in joined) / 3600
     used = sum(len(u.segments or ()) for u in joined)
     skipped = f"; {report}" if len(report) else ""
@@ -90,21 +90,27 @@ def plan(utterances: Sequence[Utterance], options: JoinOptions) -> Iterator[Clip
     shortest, longest = options.seconds
     groups: dict[tuple[object, ...], list[Utterance]] = defaultdict(list)
     for u in utterances:
-        if (u.text or u.teacher_text) and u.duration <= longest:
+        if (u.text or u.teacher_text) and 0 < u.duration <= longest:
             groups[u.speaker, u.source, u.language, u.teacher_language, bool(u.text)].append(u)
     for group in groups.values():
-        window: Clips = []
-        length, enough = 0.0, rng.uniform(shortest, longest)
-        for u in group:
-            pause = rng.uniform(*options.pause) if window else 0.0
-            if window and (length + pause + u.duration > longest or length >= enough):
-                if len(window) > 1 and length >= shortest:
-                    yield window
-                window, length, pause, enough = [], 0.0, 0.0, rng.uniform(shortest, longest)
-            window.append((u, pause))
-            length += pause + u.duration
-        if len(window) > 1 and length >= shortest:
-            yield window
+        for window, length in _cut(group, options, rng):
+            if len(window) > 1 and length >= shortest:
+                yield window
+
+
+def _cut(clips: Sequence[Utterance], options: JoinOptions, rng: np.random.Generator) -> Iterator[tuple[Clips, float]]:
+    """All the clips in windows, each about as long as was drawn for it, with their seconds; some are too short."""
+    shortest, longest = options.seconds
+    window: Clips = []
+    length, enough = 0.0, rng.uniform(shortest, longest)
+    for u in clips:
+        pause = rng.uniform(*options.pause) if window else 0.0
+        if window and (length + pause + u.duration > longest or length >= enough):
+            yield window, length
+            window, length, pause, enough = [], 0.0, 0.0, rng.uniform(shortest, longest)
+        window.append((u, pause))
+        length += pause + u.duration
+    yield window, length
 
 
 def _write(job: tuple[Clips, Path]) -> tuple[Utterance | None, tuple[str, str] | None]:
@@ -119,9 +125,10 @@ def _write(job: tuple[Clips, Path]) -> tuple[Utterance | None, tuple[str, str] |
         silence = round(pause * SAMPLE_RATE)
         sound += [np.zeros(silence, np.int16), audio]
         start, at = at + silence, at + silence + len(audio)
-        segments.append(
-            SpokenSegment(round(start / SAMPLE_RATE, 3), round(at / SAMPLE_RATE, 3), u.text, u.teacher_text)
-        )
+        if at > (MAX_SECONDS + SLACK_SECONDS) * SAMPLE_RATE:
+            return None, (u.name, "longer than its manifest says")
+        begin, end = (min(round(place / SAMPLE_RATE, 3), MAX_SECONDS) for place in (start, at))
+        segments.append(SpokenSegment(begin, end, u.text, u.teacher_text))
     whole = np.concatenate(sound)[: int(MAX_SECONDS * SAMPLE_RATE)]
     path.write_bytes(encode_audio(whole, "flac"))
     first = clips[0][0]

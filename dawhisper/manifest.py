@@ -16,7 +16,7 @@ import signal
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -96,10 +96,7 @@ class Report:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """One JSON object a line: {"what": ..., "why": ...}; the file is replaced whole."""
-        lines = [json.dumps({"what": what, "why": why}, ensure_ascii=False) for what, why in self]
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        temporary.replace(path)
+        write_lines(path, (json.dumps({"what": what, "why": why}, ensure_ascii=False) for what, why in self))
 
 
 def read_manifest(path: str | os.PathLike[str], report: Report | None = None) -> list[Utterance]:
@@ -141,9 +138,13 @@ def _read_file(path: Path, report: Report) -> list[Utterance]:
     return utterances
 
 
+def _segment(start: Any, end: Any, text: Any = None, teacher_text: Any = None) -> SpokenSegment:
+    return SpokenSegment(float(start), float(end), *(None if t is None else str(t) for t in (text, teacher_text)))
+
+
 def _segments(lines: Any) -> tuple[SpokenSegment, ...]:
-    segments = tuple(SpokenSegment(**line) for line in lines)
-    times = [float(time) for segment in segments for time in (segment.start, segment.end)]
+    segments = tuple(_segment(**line) for line in lines)
+    times = [time for segment in segments for time in (segment.start, segment.end)]
     if times != sorted(times) or not all(0 <= time <= MAX_SECONDS for time in times):
         raise ValueError(f"segments must follow each other within {MAX_SECONDS:g} s")
     return segments
@@ -163,6 +164,18 @@ def _utterance(line: Any, folder: Path) -> Utterance:
     known = {key: kind(line[key]) for key, kind in _FIELD_TYPES.items() if line.get(key) is not None}
     known["audio"] = os.path.normpath(folder / known["audio"])
     return Utterance(**known)
+
+
+def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
+    write_lines(path, (manifest_line(u, path.parent) for u in utterances))
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
+    """Write a text file, which is replaced whole."""
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    temporary.replace(path)
 
 
 def manifest_line(u: Utterance, folder: Path) -> str:

@@ -14,7 +14,7 @@ import os
 import tarfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +38,8 @@ from .manifest import (
     read_manifest,
     read_shard,
     start_process,
+    write_lines,
+    write_manifest,
 )
 from .noise import AUDIO_SUFFIXES, audio_files
 
@@ -158,7 +160,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
         if options.shard:
             utterances = _write_shards(utterances, split, options, report.dropped)
         path = out / f"{split}.jsonl"
-        _write_lines(path, (manifest_line(u, out) for u in utterances))
+        write_manifest(path, utterances)
         report.manifests[split], report.items[split] = str(path), len(utterances)
         report.hours[split] = sum(u.duration for u in utterances) / 3600
         report.speakers[split] = len({u.speaker for u in utterances if u.speaker})
@@ -675,7 +677,7 @@ def _write_shards(utterances: list[Utterance], split: str, options: PrepareOptio
         kept += inside
         seconds = round(sum(u.duration for u in inside), 2)
         index.append({"shard": job.path.name, "items": len(inside), "seconds": seconds})
-    _write_lines(out / f"{split}.shards.jsonl", (json.dumps(line) for line in index))
+    write_lines(out / f"{split}.shards.jsonl", (json.dumps(line) for line in index))
     return kept
 
 
@@ -746,15 +748,8 @@ def encode_audio(audio: np.ndarray, codec: str = "opus", bitrate: int = 32000) -
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    temporary.replace(path)
-
-
 def _write_json(path: Path, value: Any) -> None:
-    _write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
+    write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, TOKENS_PER_SECOND
+from .audio import N_SAMPLES_PER_TOKEN, TOKENS_PER_SECOND
 from .errors import DataError, OptionError
 from .manifest import Utterance
 
@@ -134,16 +134,17 @@ class Targets:
 
     def _with_stamps(self, u: Utterance, plain: list[int], language: str, n_samples: int) -> list[int]:
         """Each segment between its time stamps; without segments, or where one has no text, the whole between two."""
-        spoken = [(0.0, n_samples / SAMPLE_RATE, plain)]
+        spoken = [(0.0, n_samples / N_SAMPLES_PER_TOKEN, plain)]  # from and to which encoder position
         segments = u.segments or ()
         texts = [self.choose(replace(u, text=s.text, teacher_text=s.teacher_text, segments=None)) for s in segments]
         if texts and all(texts):
             parts = [self.encode(chosen[0], language) for chosen in texts if chosen]
-            spoken = [(s.start, s.end, part) for s, part in zip(segments, parts)]
+            places = [(TOKENS_PER_SECOND * s.start, TOKENS_PER_SECOND * s.end) for s in segments]
+            spoken = [(start, end, part) for (start, end), part in zip(places, parts)]
         tokens = []
+        zero = self.tokenizer.timestamp_begin
         for start, end, part in spoken:
-            first, last = (self.tokenizer.timestamp_begin + round(TOKENS_PER_SECOND * x) for x in (start, end))
-            tokens += [first, *part, last]
+            tokens += [zero + round(start), *part, zero + round(end)]
         return tokens
 
     def encode(self, text: str, language: str) -> list[int]:

@@ -246,8 +246,7 @@ def test_silence_targets_and_retiming(corpus: Path) -> None:
         assert silent.has_text.all()
         faster = batch.retimed((batch.lengths / 1.1).long())
         stamps = faster.labels[faster.labels > batch.timestamp_begin] - batch.timestamp_begin
-        expected = torch.tensor([n / 1.1 / 320 for n in batch.lengths.tolist()] if share else [])
-        assert len(stamps) == len(expected) and ((stamps - expected).abs() <= 1).all()  # rounded twice
+        assert stamps.tolist() == ([round(n / 1.1 / 320) for n in batch.lengths.tolist()] if share else [])
         assert (faster.tokens != batch.tokens).sum() == (faster.labels != batch.labels).sum() <= 6
 
 

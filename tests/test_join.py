@@ -83,6 +83,25 @@ def test_a_window_sounds_as_its_segments_say(clips: Path, tmp_path: Path) -> Non
         assert window.teacher_text == " ".join(str(s.teacher_text) for s in window.segments)
 
 
+def test_durations_that_are_left_out_and_the_longest_window(clips: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in clips.read_text("utf-8").splitlines()]
+    (clips.parent / "bare.jsonl").write_text("\n".join(json.dumps(x | {"duration": 0}) for x in lines), "utf-8")
+    for name, source in (("bare", clips.parent / "bare.jsonl"), ("whole", clips)):
+        run(options(source, tmp_path / name))
+    bare, whole = (read_manifest(tmp_path / name) for name in ("bare", "whole"))
+    assert [u.segments for u in bare] == [u.segments for u in whole]
+    lines = []
+    for speaker, seconds in (("c", 15.02), ("d", 16.0)):  # a codec's padding is cut off; what is wrong is left out
+        write_clip(clips.parent / f"{speaker}.wav", seconds, 99)
+        lines += [{"audio": f"{speaker}.wav", "duration": 15.0, "text": "Long.", "speaker": speaker}] * 2
+    (clips.parent / "long.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    said = run(options(clips.parent / "long.jsonl", tmp_path / "long", seconds=(29.0, 30.0), pause=(0.0, 0.0)))
+    assert "1 longer than its manifest says" in said
+    [window] = read_manifest(tmp_path / "long")
+    assert (window.speaker, window.duration) == ("c", 30.0)
+    assert window.segments is not None and window.segments[-1].end == 30.0
+
+
 def test_targets_have_a_stamp_at_each_border(clips: Path, tmp_path: Path) -> None:
     run(options(clips, tmp_path))
     u = read_manifest(tmp_path)[0]
@@ -120,6 +139,7 @@ def test_another_speed_moves_all_stamps(clips: Path, tmp_path: Path) -> None:
         [{"start": 0.0, "end": 31.0, "text": "Yes."}],
         [{"start": 0.0, "end": 2.0, "text": "Yes."}, {"start": 1.0, "end": 3.0, "text": "No."}],
         [{"start": "soon", "end": 1.0}],
+        [{"start": 0.0, "end": 1.0, "words": "Yes."}],
         [{"end": 1.0}],
         [{"start": 0.0, "end": float("nan")}],
         ["Yes."],

@@ -144,10 +144,8 @@ def test_a_run_learns_evaluates_and_saves(world: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize("graph", ["false", "true"])
 def test_two_processes_equal_one_with_twice_the_batch(world: dict[str, Path], tmp_path: Path, graph: str) -> None:
     overrides = ("data.batch_size=2", "loop.steps=3", "objective.cross_entropy=0.5", *QUIET)
-    subprocess.run(
-        command(world, tmp_path / "two", *overrides, f"loop.graph={graph}", processes=2),
-        env=environment(), check=True, capture_output=True,
-    )  # fmt: skip
+    two = command(world, tmp_path / "two", *overrides, f"loop.graph={graph}", processes=2)
+    subprocess.run(two, env=environment(), check=True, capture_output=True)
     one = run(world, tmp_path / "one", *overrides, "data.batch_size=4")
     assert curve(tmp_path / "two") == pytest.approx(one, rel=1e-4)
     assert len(set(one)) == 3
