@@ -19,12 +19,12 @@ import torch
 from dawhisper.checkpoint import DTYPES
 from dawhisper.decoding import model_tokenizer
 from dawhisper.model import DualOptions
-from dawhisper.throughput import SIZES, measure, milliseconds, random_model
+from dawhisper.throughput import SIZES, matrix_rate, measure, milliseconds, random_model
 
 WHO = ("dual", "single", "hf")
 COLUMNS = (
     "size | batch | who | encoder ms | prefill ms | ms/step | tok/s | tok/s with encoder | "
-    "encoder, share of FLOPs | step, share of bandwidth | seconds taken"
+    "encoder, share of bf16 rate | step, share of bandwidth | seconds taken"
 )
 
 
@@ -43,6 +43,7 @@ class Row:
 
 def ours(size: str, batch: int, who: str, args: argparse.Namespace) -> tuple[str, ...]:
     model = random_model(size, DualOptions() if who == "dual" else None, args.device, DTYPES[args.dtype])
+    model.decoder.int8_memory = args.int8_memory
     if args.compile:
         torch._dynamo.reset()  # so that every row is compiled for its own shapes
         model.compile_blocks()
@@ -100,14 +101,17 @@ def main() -> None:
     parser.add_argument("--who", nargs="+", default=WHO, choices=WHO)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="our encoder with torch.compile")
+    parser.add_argument("--int8-memory", action="store_true", help="keys and values of the audio in int8; ours")
     parser.add_argument("--no-cudnn", action="store_true", help="attention by PyTorch's own kernels alone")
     args = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
 
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    cuda = args.device.startswith("cuda")
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {args.tokens} tokens a window", end="")
-    print(", ours compiled\n" if args.compile else "\n")
+    print(", our encoder compiled" * args.compile + ", our keys and values in int8" * args.int8_memory, end="")
+    print(f", bf16 products {matrix_rate(torch.device(args.device)) / 1e12:.0f} TFLOP/s\n" if cuda else "\n")
     print(f"| {COLUMNS} |\n|{'---|' * len(COLUMNS.split('|'))}", flush=True)
     for size in args.sizes:
         for batch in args.batches:
@@ -119,7 +123,7 @@ def main() -> None:
                     cells = (" ".join(f"{type(error).__name__}: {error}".split())[:200], *[""] * 6)
                 print(Row(size, batch, who, (*cells, f"{time.perf_counter() - started:.0f}")), flush=True)
                 gc.collect()
-                if args.device.startswith("cuda"):
+                if cuda:
                     torch.cuda.empty_cache()
 
 

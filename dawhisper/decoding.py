@@ -213,12 +213,17 @@ class Sampling:
         self.left: tuple[Tensor, Tensor] | None = None  # the batch's tokens and log probabilities, once rows left it
 
     def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
-        if self.temperature == 0:
-            chosen = logits.argmax(dim=-1)
+        if self.temperature == 0 and cache.fused:
+            from .token_step import most_likely
+
+            chosen, logprob = most_likely(logits)
         else:
-            chosen = Categorical(logits=logits / self.temperature, validate_args=False).sample()
+            if self.temperature == 0:
+                chosen = logits.argmax(dim=-1)
+            else:
+                chosen = Categorical(logits=logits / self.temperature, validate_args=False).sample()
+            logprob = F.log_softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
         alive = tokens[:, length - 1] != self.eot
-        logprob = F.log_softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
         self.sum_logprobs += torch.where(alive, logprob, 0.0)
         chosen = torch.where(alive, chosen, self.eot)
         tokens[:, length] = chosen
@@ -368,7 +373,7 @@ def windows_features(model: Whisper, audio: Tensor | AudioFeatures) -> tuple[Aud
 def _detect(model: Whisper, cache: KVCache, tokenizer: Tokenizer) -> tuple[Tensor, list[dict[str, float]]]:
     """Language tokens [B] and probabilities of the windows in a fresh cache, which is fresh again afterwards."""
     sot = torch.full((cache.rows, 1), tokenizer.sot, device=model.device)
-    logits = model.decoder(sot, cache=cache)[:, 0]
+    logits = cache.first_logits(model.decoder, sot, [0])[:, 0]
     cache.length = 0
     ids = torch.tensor(tokenizer.all_language_tokens, device=logits.device)
     probs = logits[:, ids].softmax(dim=-1)
@@ -493,7 +498,7 @@ def _generate(
     else:
         search = Sampling(windows * group, group, options.temperature, tokenizer.eot, model.device)
 
-    at_sot, logits = model.decoder(tokens[:, :begin], cache=cache, positions=[sot_index, begin - 1]).unbind(dim=1)
+    at_sot, logits = cache.first_logits(model.decoder, tokens[:, :begin], [sot_index, begin - 1]).unbind(dim=1)
     no_speech = torch.full([windows], float("nan"))
     if tokenizer.no_speech is not None:
         no_speech = at_sot.softmax(dim=-1)[:, tokenizer.no_speech]

@@ -6,19 +6,27 @@ reads the cache up to one of a few spans, with what is not written yet masked ou
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .model import AudioFeatures, DecoderBlock, KVCache, TextDecoder
+from .model import AudioFeatures, CrossMemory, KVCache, TextDecoder
+
+if TYPE_CHECKING:
+    from .token_step import StepWeights
 
 SPANS = (64, 128, 256, 448)  # positions read by the self-attention
+MOST_STEPS = 8  # first tokens that are quicker as steps than as one pass
+Result = TypeVar("Result")
 _kept: WeakKeyDictionary[TextDecoder, OrderedDict[Any, StaticKVCache]] = WeakKeyDictionary()
 
 
@@ -43,6 +51,7 @@ class StaticKVCache(KVCache):
     """
 
     def __init__(self, decoder: TextDecoder, features: AudioFeatures, group: int):
+        self.fused = wants_kernels(features)
         super().__init__(decoder, features)
         self.group = group
         self.rows_states = self.states.repeat_interleave(group, dim=2)  # [layers, 2, R, h, n_ctx, e]
@@ -50,30 +59,47 @@ class StaticKVCache(KVCache):
         self.token = torch.zeros(self.rows * group, 1, dtype=torch.long, device=self.states.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.states.device)
         self.columns = torch.arange(self.states.shape[-2], device=self.states.device)
-        self.weights = [block.joint_weights() for block in decoder.blocks]  # type: ignore[operator]
+        self.weights: list[StepWeights] = []
+        if self.fused:
+            from .token_step import StepWeights
+
+            self.weights = [StepWeights(block) for block in decoder.blocks]  # type: ignore[arg-type]
         self.graphs: dict[int, Callable[[], Tensor]] = {}  # by span
+        self.features = AudioFeatures(*(x.clone() for x in features))  # where `refilled` reads them
+        self.refilled: Callable[[], None] | None = None
         self.pool = torch.cuda.graph_pool_handle() if self.token.is_cuda else None  # memory that they share
+
+    def remember(self, decoder: TextDecoder, features: AudioFeatures) -> list[CrossMemory]:
+        rooms = []
+        for memory in decoder.memories(features):
+            rooms.append(room_for(memory, decoder.int8_memory and self.fused))
+            fill(rooms[-1], memory)
+        return rooms
 
     @property
     def nbytes(self) -> int:
         audio = (x for memory in self.memories for x in (memory.key, memory.value))
-        weights = (x for block in self.weights for pair in block for x in pair)
-        return sum(x.nbytes for x in (self.rows_states, *audio, *weights))
+        return self.rows_states.nbytes + sum(x.nbytes for x in audio) + sum(x.nbytes for x in self.weights)
 
     def refill(self, decoder: TextDecoder, features: AudioFeatures) -> None:
         """Start again with other windows, and with the weights as they are by now."""
-        for block, mine in zip(decoder.blocks, self.weights):
-            for pair, new_pair in zip(mine, block.joint_weights()):  # type: ignore[operator]
-                for kept, new_weight in zip(pair, new_pair):
-                    kept.copy_(new_weight)
-        for old, new in zip(self.memories, (memory.stacked() for memory in decoder.memories(features))):
-            old.key.copy_(new.key)
-            old.value.copy_(new.value)
-            if old.noise is not None and new.noise is not None:
-                for kept, noise in zip(old.noise, new.noise):
-                    kept.copy_(noise)
+        for kept, new in zip(self.features, features):
+            kept.copy_(new)
+        if not self.token.is_cuda:
+            self._refill(decoder)
+        elif self.refilled is None:  # the cache was filled before, which set up what can't be captured
+            self._refill(decoder)
+            self.refilled = captured(lambda: self._refill(decoder), self.pool)
+        else:
+            self.refilled()
         self.length = 0
         self.states = self.rows_states[:, :, :: self.group]
+
+    def _refill(self, decoder: TextDecoder) -> None:
+        for weights in self.weights:
+            weights.refresh()
+        for room, memory in zip(self.memories, decoder.memories(self.features)):
+            fill(room, memory)
 
     def repeat(self, group: int) -> None:
         if group != self.group:
@@ -81,6 +107,14 @@ class StaticKVCache(KVCache):
         rows = self.rows_states[..., : self.length, :].unflatten(2, (-1, group))
         rows[:, :, :, 1:] = rows[:, :, :, :1]
         self.states = self.rows_states
+
+    def first_logits(self, decoder: TextDecoder, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        """As KVCache's. A few tokens are run as steps, which have graphs."""
+        if not self.fused or tokens.shape[1] > MOST_STEPS:
+            return super().first_logits(decoder, tokens, positions)
+        rows = tokens.repeat_interleave(self.group, dim=0)
+        each = [self.next_logits(decoder, token)[:: self.group].clone() for token in rows.split(1, dim=1)]
+        return torch.stack([each[position] for position in positions], dim=1)
 
     def next_logits(self, decoder: TextDecoder, tokens: Tensor) -> Tensor:
         """As KVCache's; the logits stay valid until the next call."""
@@ -95,15 +129,21 @@ class StaticKVCache(KVCache):
         return self.graphs[span]()
 
     def _step(self, decoder: TextDecoder, span: int) -> Tensor:
-        x = decoder.token_embedding(self.token) + decoder.positional_embedding[self.position]
+        x = decoder.token_embedding(self.token) + F.embedding(self.position, decoder.positional_embedding)
+        if self.fused:
+            return self._fused_step(decoder, span, x[:, 0])
         mask = (self.columns[:span] <= self.position)[None]
-        forward: Any = _compiled_block() if decoder.compile_step else DecoderBlock.forward
-        layers = zip(decoder.blocks, self.memories, self.rows_states, self.weights)
-        for block, memory, (keys, values), weights in layers:
-            slot = LayerSlot(keys[:, :, :span], values[:, :, :span], self.position, mask)
-            # the slot is the layer's own, and its number always 0, so that one compiled block serves all
-            x = forward(block, x, memory, slot, 0, None, weights)
+        for block, memory, (keys, values) in zip(decoder.blocks, self.memories, self.rows_states):
+            slot: Any = LayerSlot(keys[:, :, :span], values[:, :, :span], self.position, mask)
+            x = block(x, memory, slot, 0, None)  # the slot is the layer's own
         return decoder.logits(x)[:, 0]
+
+    def _fused_step(self, decoder: TextDecoder, span: int, x: Tensor) -> Tensor:
+        from .token_step import block_step, linear, norm
+
+        for block, weights, memory, states in zip(decoder.blocks, self.weights, self.memories, self.rows_states):
+            x = block_step(block, weights, memory, states, self.position, span, x)  # type: ignore[arg-type]
+        return linear(norm(x, decoder.ln), decoder.token_embedding.weight, dtype=torch.float32)
 
     def _captured(self, decoder: TextDecoder, span: int) -> Callable[[], Tensor]:
         """A graph of this step; running it repeatedly writes the same keys and values again."""
@@ -117,8 +157,8 @@ class StaticKVCache(KVCache):
             return captured(lambda: self._step(decoder, span), self.pool)
 
 
-def captured(step: Callable[[], Tensor], pool: Any = None) -> Callable[[], Tensor]:
-    """`step` as a CUDA graph: it works on tensors that stay in place, and gives the same one each time.
+def captured(step: Callable[[], Result], pool: Any = None) -> Callable[[], Result]:
+    """`step` as a CUDA graph: it works on tensors that stay in place, and gives the same result each time.
 
     Capturing runs nothing; `step` must have run before. A graph holds addresses alone: the caller keeps alive what
     `step` reads, weights included. Graphs of one pool overwrite each other's results.
@@ -127,16 +167,43 @@ def captured(step: Callable[[], Tensor], pool: Any = None) -> Callable[[], Tenso
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
         result = step()
 
-    def replay() -> Tensor:
+    def replay() -> Result:
         graph.replay()
         return result
 
     return replay
 
 
-@cache
-def _compiled_block() -> Any:
-    return torch.compile(DecoderBlock.forward)
+def room_for(memory: CrossMemory, int8: bool) -> CrossMemory:
+    """Room for such keys and values, the heads of both branches stacked."""
+    windows, n_head, n_position, e = memory.key.shape
+    heads = n_head if memory.secondary is None else 2 * n_head
+    kind = torch.int8 if int8 else memory.key.dtype
+    key, value = (memory.key.new_empty(windows, heads, n_position, e, dtype=kind) for _ in range(2))
+    noise = None if memory.noise is None else (memory.noise[0].contiguous(), memory.noise[1].contiguous())
+    if not int8:
+        return CrossMemory(key, value, None, noise)
+    from .token_step import Int8Memory
+
+    scales = memory.key.new_empty(windows, heads, 2, e, dtype=torch.float32)
+    return Int8Memory(key, value, scales, None, noise)  # type: ignore[return-value]
+
+
+def fill(room: CrossMemory, memory: CrossMemory) -> None:
+    """Put keys and values where others were."""
+    branches = [(memory.key, memory.value), *([] if memory.secondary is None else [memory.secondary])]
+    for branch, pair in enumerate(branches):
+        for which, x in enumerate(pair):
+            heads = slice(branch * x.shape[1], (branch + 1) * x.shape[1])
+            place = (room.key, room.value)[which][:, heads]
+            if place.dtype == torch.int8:
+                from .token_step import quantize
+
+                quantize(x, place, room.scales[:, heads, which])  # type: ignore[attr-defined]
+            else:
+                place.copy_(x)
+    for kept, new in zip(room.noise or (), memory.noise or ()):
+        kept.copy_(new)
 
 
 @contextmanager
@@ -151,7 +218,7 @@ def open_cache(decoder: TextDecoder, features: AudioFeatures, group: int, max_le
     kept = _kept.setdefault(decoder, OrderedDict())
     # graphs hold addresses: other weights need other graphs
     weights = tuple((p.data_ptr(), p.dtype) for p in decoder.parameters())
-    key = (features.primary.shape, features.primary.dtype, group, decoder.compile_step, weights)
+    key = (features.primary.shape, features.primary.dtype, group, decoder.int8_memory, weights)
     found = kept.pop(key, None)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():  # so that any later caller may write to it
@@ -172,3 +239,25 @@ def most_bytes(device: torch.device) -> int:
 def wants_graphs(features: AudioFeatures) -> bool:
     """On a GPU, unless autocast is on, which keeps casts of the weights that a graph must not hold."""
     return features.primary.is_cuda and not torch.is_autocast_enabled()
+
+
+def wants_kernels(features: AudioFeatures) -> bool:
+    """Whether token steps run as the kernels of kernels.py: on a GPU in half precision, where Triton works."""
+    return features.primary.dtype.itemsize == 2 and triton_works(features.primary.device, features.primary.dtype)
+
+
+@cache
+def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Triton builds its kernels on this machine, with a C compiler; without, steps run as PyTorch's own kernels."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    try:
+        from .token_step import linear
+
+        linear(*torch.ones(2, 16, 16, device=device, dtype=dtype))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of Triton, the compiler or the driver: whatever it is, there is another way
+        why = " ".join(str(error).split())[:200]
+        warnings.warn(f"decoding without Triton kernels, which is slower ({why}); is a C compiler there?", stacklevel=2)
+        return False
+    return True

@@ -122,12 +122,9 @@ class CrossMemory(NamedTuple):
         key, value = (torch.cat([x.to(dtype or x.dtype) for x in both], dim=1) for both in zip(*branches))
         return CrossMemory(key, value, None, self.noise)
 
-
-class JointWeights(NamedTuple):
-    """Weights [k d, d] and biases [k d] of a decoder block's projections of one input, side by side as one product."""
-
-    self_qkv: tuple[Tensor, Tensor]  # query, key and value of the self-attention
-    cross_q: tuple[Tensor, Tensor]  # the queries of all cross-attentions
+    def read(self, query: Tensor) -> Tensor:
+        """Attention over the audio; query and result [B, h, n, e], or of both branches where they are stacked."""
+        return attend(query, self.key, self.value)
 
 
 def sinusoids(length: int, channels: int, max_timescale: float = 10_000.0) -> Tensor:
@@ -330,35 +327,18 @@ class DecoderBlock(nn.Module):
         noise = None if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
         return CrossMemory(key, value, self.secondary_attn.key_value(features.secondary), noise)
 
-    def joint_weights(self) -> JointWeights:
-        """The block's weights as they are now, copied."""
-        crosses = [self.cross_attn] if self.secondary_attn is None else [self.cross_attn, self.secondary_attn]
-        attn = self.attn
-        return JointWeights(joint(attn.query, attn.key, attn.value), joint(*(cross.query for cross in crosses)))
-
-    def forward(
-        self,
-        x: Tensor,
-        memory: CrossMemory,
-        cache: KVCache | None,
-        layer: int,
-        trace: Trace | None,
-        weights: JointWeights | None = None,
-    ) -> Tensor:
-        """x [R, n, d] -> [R, n, d]. `weights`, the block's own, save launches where the rows are few."""
-        x = x + self.self_attention(self.attn_ln(x), cache, layer, weights)
+    def forward(self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
+        """x [R, n, d] -> [R, n, d]"""
+        x = x + self.self_attention(self.attn_ln(x), cache, layer)
         # the rows of one window share its memory: they stand side by side as queries, nothing is copied
         y = self.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
         trace = trace if trace is not None and trace.wants(layer) else None
-        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace, weights).view_as(x)
+        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace).view_as(x)
         return x + self.mlp(self.mlp_ln(x))
 
-    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int, weights: JointWeights | None) -> Tensor:
+    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         n = y.shape[1]
-        if weights is None:
-            q, k, v = self.attn.query_key_value(y)
-        else:
-            q, k, v = map(self.attn.split, F.linear(y, *weights.self_qkv).chunk(3, dim=-1))
+        q, k, v = self.attn.query_key_value(y)
         mask = None
         if cache is not None:
             k, v, mask = cache.write(layer, k, v)
@@ -366,27 +346,18 @@ class DecoderBlock(nn.Module):
         return self.attn.out(merge(out))
 
     def cross_attention(
-        self,
-        y: Tensor,
-        memory: CrossMemory,
-        rows: Sequence[int],
-        layer: int,
-        trace: Trace | None,
-        weights: JointWeights | None = None,
+        self, y: Tensor, memory: CrossMemory, rows: Sequence[int], layer: int, trace: Trace | None
     ) -> Tensor:
         primary, secondary = self.cross_attn, self.secondary_attn
-        if weights is not None:
-            q = F.linear(y, *weights.cross_q).unflatten(-1, (memory.key.shape[1], -1)).transpose(1, 2)
-        else:
-            q = primary.split(primary.query(y))
-            if secondary is not None:
-                q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
+        q = primary.split(primary.query(y))
+        if secondary is not None:
+            q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
         gate = None
         if secondary is None:
-            fused = primary.out(merge(attend(q, memory.key, memory.value)))
+            fused = primary.out(merge(memory.read(q)))
         else:
             if memory.secondary is None:  # both branches in one call
-                read, read2 = attend(q, memory.key, memory.value).chunk(2, dim=1)
+                read, read2 = memory.read(q).chunk(2, dim=1)
             else:
                 q1, q2 = q.chunk(2, dim=1)
                 read = attend(q1, memory.key, memory.value)
@@ -423,8 +394,8 @@ class TextDecoder(nn.Module):
         self.noise_embed: nn.Parameter | None = None
         self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
         self.memory_dtype: torch.dtype | None = None  # of a cache's keys and values of the audio; None is the model's
+        self.int8_memory = False  # keeps them in int8 for the token steps on a GPU, see token_step.py
         self.gradient_checkpointing = False
-        self.compile_step = False  # see Whisper.compile_blocks
 
     def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
         for block in self.blocks:
@@ -482,13 +453,19 @@ class KVCache:
     rows of a window; `repeat` and `select` touch the self-attention alone. `keep` drops windows.
     """
 
+    fused = False  # steps are kernels of their own, see graphs.py
+
     def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
-        self.memories = [memory.stacked(decoder.memory_dtype) for memory in decoder.memories(features)]
+        self.memories = self.remember(decoder, features)
         self.length = 0
         n_ctx = min(len(decoder.positional_embedding), max_length or sys.maxsize)
         windows, e = features.primary.shape[0], self.memories[0].key.shape[-1]
         n_head = decoder.positional_embedding.shape[1] // e
         self.states = features.primary.new_zeros(len(self.memories), 2, windows, n_head, n_ctx, e)
+
+    def remember(self, decoder: TextDecoder, features: AudioFeatures) -> list[CrossMemory]:
+        """Each layer's keys and values of the audio."""
+        return [memory.stacked(decoder.memory_dtype) for memory in decoder.memories(features)]
 
     @property
     def rows(self) -> int:
@@ -508,6 +485,10 @@ class KVCache:
         if n > 1 and self.length > 0:  # several tokens after earlier ones
             mask = torch.ones(n, end, dtype=torch.bool, device=key.device).tril(self.length)
         return keys[:, :, :end], values[:, :, :end], mask
+
+    def first_logits(self, decoder: TextDecoder, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        """Read the first tokens [B, n], before `repeat` -> logits [B, positions, V] of what follows at `positions`."""
+        return decoder(tokens, cache=self, positions=positions)
 
     def next_logits(self, decoder: TextDecoder, tokens: Tensor) -> Tensor:
         """The token step: tokens [R, 1] -> logits [R, V] of what follows."""
@@ -622,13 +603,12 @@ class Whisper(nn.Module):
         self.alignment_heads = flags.view(self.dims.n_text_layer, self.dims.n_text_head).to(self.device)
 
     def compile_blocks(self) -> None:
-        """Have torch.compile fuse what lies between the matrix products of the encoder and of the token step.
+        """Have torch.compile fuse what lies between the matrix products of the encoder.
 
         The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
         """
         for block in [*self.encoder.blocks, *self.encoder.secondary_blocks]:
             block.compile()
-        self.decoder.compile_step = True
 
     def freeze_encoder(self) -> None:
         """No gradients for the encoder; the secondary's own layers and the layer mixture still learn."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 
 from .decoding import DecodingOptions, decode_windows, model_tokenizer
-from .flops import forward_flops, peak_flops
+from .flops import forward_flops
 from .model import DualOptions, ModelDimensions, Whisper
 
 SIZES = {
@@ -38,7 +39,7 @@ class Throughput:
     encoder_ms: float
     prefill_ms: float  # cross-attention keys and values, the prompt, the first token
     step_ms: float  # each further token
-    encoder_share: float | None  # of the dense bf16 rate
+    encoder_share: float | None  # of the rate of `matrix_rate`; of a GPU
     step_share: float | None  # of the memory's bandwidth
 
     @property
@@ -75,6 +76,14 @@ def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> 
     return 1e3 * median(times)
 
 
+@cache
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s that the device reaches in a product of two bf16 matrices of 8192 by 8192."""
+    n = 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    return 2 * n**3 / (milliseconds(lambda: a @ b, device, 10) / 1e3)
+
+
 @torch.no_grad()
 def measure(model: Whisper, batch: int, tokens: int = 128, repeats: int = 3) -> Throughput:
     """Decode a batch of 30 s windows greedily, `tokens` each."""
@@ -92,7 +101,7 @@ def measure(model: Whisper, batch: int, tokens: int = 128, repeats: int = 3) -> 
     whole, prefill_ms = decode_ms(tokens), decode_ms(1)
     step_ms = (whole - prefill_ms) / (tokens - 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    flops, bandwidth = peak_flops(name, "bf16"), next((b for part, b in BANDWIDTH.items() if part in name), None)
+    bandwidth = next((b for part, b in BANDWIDTH.items() if part in name), None)
     encoder_flops = batch * forward_flops(replace(dims, n_text_layer=0), None, dims.n_audio_ctx, 0)
     return Throughput(
         batch,
@@ -100,7 +109,7 @@ def measure(model: Whisper, batch: int, tokens: int = 128, repeats: int = 3) -> 
         encoder_ms,
         prefill_ms,
         step_ms,
-        encoder_flops / (encoder_ms / 1e3) / flops if flops else None,
+        encoder_flops / (encoder_ms / 1e3) / matrix_rate(device) if device.type == "cuda" else None,
         step_bytes(model, batch, tokens // 2) / (step_ms / 1e3) / bandwidth if bandwidth else None,
     )
 

@@ -18,6 +18,8 @@ def pytest_configure() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start
         torch.set_num_threads(1)
     torch.set_num_threads(min(torch.get_num_threads(), 2))
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is made
 
 
 @pytest.fixture(scope="session")
