@@ -153,6 +153,8 @@ def train(recipe: Recipe, world: World) -> int:
             average.update(student.model, step)
         log.finished(norm)
         feed.mark()
+        if step < steps:
+            feed.begin(step)
 
         # Everything from here on may wait for the device, and does not happen at every step.
         stop = bool(terminated) if world.size == 1 else False

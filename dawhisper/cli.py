@@ -121,6 +121,7 @@ def _transcribe_parser(commands: Any) -> None:
     add("--condition_on_previous_text", type=boolean, default=True, help="prompt each window with the text before it")
     add("--fp16", type=boolean, default=True, help="compute in fp16 on a GPU; False in fp32 (a CPU always does)")
     add("--dtype", choices=["fp32", "fp16", "bf16", "int8"], help="compute in this instead; int8 is fastest on a CPU")
+    add("--int8_memory", type=boolean, default=False, help="on a GPU: keep the audio's keys and values in int8, faster")
 
     add("--temperature_increment_on_fallback", type=optional(float), default=0.2, help="step of the fallback's retries")
     add("--compression_ratio_threshold", type=optional(float), default=2.4, help="text more repetitive is retried")
@@ -151,6 +152,7 @@ def _transcribe(
     temperature_increment_on_fallback: float | None,
     fp16: bool,
     dtype: str | None,
+    int8_memory: bool,
     threads: int | None,
     highlight_words: bool,
     max_line_width: int | None,
@@ -167,6 +169,7 @@ def _transcribe(
         download_root=model_dir,
         device=device,
         dtype=dtype or (None if fp16 else "fp32"),
+        int8_memory=int8_memory,
         threads=threads or 0,
         output_dir=Path(output_dir),
         writing=writing,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +25,19 @@ from dawhisper.world import World
 SPEC_AUGMENT, CONTEXT = 1, 2  # streams of random numbers beside the augmentation's own
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The micro-batches of a step to come, and the feed's state before they were made."""
+
+    step: int
+    micro_batches: list[Inputs]
+    state: dict[str, Any]
+
+
 class Feed:
     """The micro-batches of each step. What it draws depends on the seed, the rank and the step alone.
 
+    A step's batches are made while the device still works on the step before, on a stream of their own.
     waited: seconds that the device had nothing to do because the next batch was not there.
     """
 
@@ -65,15 +77,37 @@ class Feed:
         self.snr = NOISE_LEVELS[level] if level else recipe.augment.snr
         self.batches: Iterator[Batch] | None = None
         self.waited = 0.0
-        self.done = torch.cuda.Event() if world.device.type == "cuda" else None
+        cuda = world.device.type == "cuda"
+        self.done = torch.cuda.Event() if cuda else None
+        self.stream = torch.cuda.Stream(world.device) if cuda else None
+        self.ahead: Ahead | None = None
 
     def step(self, step: int) -> list[Inputs]:
         """The micro-batches of one optimiser step."""
+        if self.ahead is None or self.ahead.step != step:
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.begin(step)
+        assert self.ahead is not None
+        micro_batches, self.ahead = self.ahead.micro_batches, None
+        if self.stream is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self.stream)
+            for x in itertools.chain(*micro_batches):
+                if x is not None:
+                    x.record_stream(here)  # its memory is not given away before this stream is through with it
+        return micro_batches
+
+    def begin(self, step: int) -> None:
+        """Start to make the step's micro-batches: call it when the step before has been handed to the device."""
+        state = self.state_dict()
         if self.recipe.data.snr_curriculum:
             low, high = self.snr
             self.augment.snr = (high - (high - low) * min(1.0, step / self.recipe.data.snr_curriculum), high)
         n = self.recipe.loop.accumulate
-        return [self.prepare(self._next(), step * n + i) for i in range(n)]
+        with torch.cuda.stream(self.stream):  # None is the stream in use
+            micro_batches = [self.prepare(self._next(), step * n + i) for i in range(n)]
+        self.ahead = Ahead(step, micro_batches, state)
 
     def mark(self) -> None:
         """The step's work has been handed to the device: when it is through, the device waits for the next batch."""
@@ -132,10 +166,14 @@ class Feed:
     def dropped(self) -> int:
         return len(self.loader.report)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on from: what was made ahead and not taken is to be made again."""
+        if self.ahead is not None:
+            return self.ahead.state
         return {"loader": self.loader.state_dict(), "augment": self.augment.state_dict()}
 
-    def load_state_dict(self, state: dict[str, dict[str, object]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ahead = None
         self.loader.load_state_dict(state["loader"])
         self.augment.load_state_dict(state["augment"])
 

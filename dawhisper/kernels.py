@@ -267,9 +267,9 @@ def fuse(
 
 
 @triton.jit
-def most_likely(logits_ptr, token_ptr, logprob_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+def most_likely(logits_ptr, token_ptr, logprob_ptr, logits_row, V: tl.constexpr, BLOCK: tl.constexpr):
     row, lane = tl.program_id(0), tl.arange(0, BLOCK)
-    logits_ptr += row.to(tl.int64) * V
+    logits_ptr += row.to(tl.int64) * logits_row
     highest = tl.full([BLOCK], LOWEST, tl.float32)
     token = tl.zeros([BLOCK], tl.int32)
     total = tl.zeros([BLOCK], tl.float32)

@@ -227,6 +227,14 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.mlp_ln(x))
 
 
+class Mix(nn.Module):
+    """Adds a layer's output x [B, T, d] to a mixture. It has no weights; it is a module so that it can be compiled."""
+
+    def forward(self, x: Tensor, share: Tensor, mixed: Tensor | None) -> Tensor:
+        weighed = share * layer_norm(x)  # layers differ in scale
+        return weighed if mixed is None else mixed + weighed
+
+
 class AudioEncoder(nn.Module):
     """Log-mel spectrogram -> features. Any even number of frames up to 2 * n_audio_ctx is encoded."""
 
@@ -243,6 +251,7 @@ class AudioEncoder(nn.Module):
         self.secondary_blocks = nn.ModuleList()  # these three: see add_second_branch
         self.secondary_ln_post: LayerNorm | None = None
         self.mixture: nn.Parameter | None = None
+        self.mix = Mix()
         self.gradient_checkpointing = False
 
     def add_second_branch(self, dual: DualOptions) -> None:
@@ -274,9 +283,7 @@ class AudioEncoder(nn.Module):
                 own = x
             x = maybe_checkpoint(self, block, x)
             if self.mixture is not None and layer < len(self.blocks) - 1:
-                # layers differ in scale, so each is normalised before it is weighed
-                weighed = self.mixture[layer] * layer_norm(x)
-                mixed = weighed if mixed is None else mixed + weighed
+                mixed = self.mix(x, self.mixture[layer], mixed)
         last = x = self.ln_post(x)
         if self.secondary_ln_post is not None:
             for block in self.secondary_blocks:
@@ -607,7 +614,7 @@ class Whisper(nn.Module):
 
         The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
         """
-        for block in [*self.encoder.blocks, *self.encoder.secondary_blocks]:
+        for block in [*self.encoder.blocks, *self.encoder.secondary_blocks, self.encoder.mix]:
             block.compile()
 
     def freeze_encoder(self) -> None:

@@ -61,6 +61,7 @@ def transcribe_files(
     download_root: str | None,
     device: str | None,
     dtype: str | None,
+    int8_memory: bool,
     threads: int,
     output_dir: Path,
     writing: WriterOptions,
@@ -82,6 +83,7 @@ def transcribe_files(
     if threads:
         torch.set_num_threads(threads)
     model = load_model(model_name, device, dtype, download_root)
+    model.decoder.int8_memory = int8_memory
     options["language"] = usable_language(model, model_name, options.get("language"))
 
     failed, names = 0, output_names(paths)

@@ -178,8 +178,7 @@ def parallelise(
     torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
     if compile == "encoder":
         for model in [student.model] if teacher is None else [student.model, teacher.model]:
-            for block in [*model.encoder.blocks, *model.encoder.secondary_blocks]:
-                block.compile()
+            model.compile_blocks()
     parallel: nn.Module = student
     if fsdp:
         parallel = shard(student, world)

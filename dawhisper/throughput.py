@@ -125,5 +125,7 @@ def step_bytes(model: Whisper, rows: int, position: int) -> int:
         if not any(part in name for part in unread) or name.split(".")[2:3] == ["attn"]
     )
     branches = 1 if model.dual is None else 2
-    cached = 2 * dims.n_text_layer * dims.n_text_state * (branches * dims.n_audio_ctx + position)
-    return (weights + rows * cached) * model.decoder.positional_embedding.element_size()
+    size = model.decoder.positional_embedding.element_size()
+    audio = branches * dims.n_audio_ctx * (1 if model.decoder.int8_memory else size)
+    cached = 2 * dims.n_text_layer * dims.n_text_state * (audio + position * size)
+    return weights * size + rows * cached

@@ -232,7 +232,7 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows, n_vocab = logits.shape
     token = torch.empty(rows, dtype=torch.long, device=logits.device)
     logprob = torch.empty(rows, device=logits.device)
-    kernels.most_likely[(rows,)](logits, token, logprob, V=n_vocab, BLOCK=4096, num_warps=16)
+    kernels.most_likely[(rows,)](logits, token, logprob, logits.stride(0), V=n_vocab, BLOCK=4096, num_warps=16)
     return token, logprob
 
 

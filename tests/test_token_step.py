@@ -12,7 +12,7 @@ from dawhisper import graphs, token_step
 from dawhisper.graphs import StaticKVCache, fill, room_for
 from dawhisper.model import AudioFeatures, DualOptions, KVCache, ModelDimensions, Whisper
 
-DIMS = ModelDimensions(80, 70, 64, 2, 2, 500, 80, 64, 2, 2)
+DIMS = ModelDimensions(80, 70, 64, 2, 1, 100, 80, 64, 2, 1)
 DEVICE, DTYPE = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 EXACT = 1e-2 if DEVICE == "cuda" else 1e-5
 ROUNDED = 3e-2 if DEVICE == "cuda" else 1e-2
@@ -58,18 +58,18 @@ def test_a_block_is_the_plain_block(name: str, group: int, int8: bool) -> None:
     model = model_of(name)
     decoder, features = model.decoder, features_of(model, 2)
     cache = KVCache(decoder, features)
-    decoder(torch.randint(0, 500, (2, 5), device=DEVICE), cache=cache)
+    decoder(torch.randint(0, 100, (2, 5), device=DEVICE), cache=cache)
     cache.repeat(group)
     x = torch.randn(2 * group, 1, 64).to(DEVICE, DTYPE)
-    block, states = decoder.blocks[1], cache.states[1].clone()
+    block, states = decoder.blocks[0], cache.states[0].clone()
     memory = block.memory(features, decoder.noise_embed)
     room = room_for(memory, int8)
     fill(room, memory)
     position = torch.tensor([5], device=DEVICE)
     got = token_step.block_step(block, token_step.StepWeights(block), room, states, position, 16, x[:, 0])
-    expected = block(x, cache.memories[1], cache, 1, None)[:, 0]
+    expected = block(x, cache.memories[0], cache, 0, None)[:, 0]
     torch.testing.assert_close(got, expected, atol=ROUNDED if int8 else EXACT, rtol=0)
-    torch.testing.assert_close(states[..., :6, :], cache.states[1][..., :6, :], atol=EXACT, rtol=0)
+    torch.testing.assert_close(states[..., :6, :], cache.states[0][..., :6, :], atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
@@ -78,9 +78,9 @@ def test_steps_of_a_cache_that_is_used_again(int8: bool) -> None:
     decoder = model.decoder
     decoder.int8_memory = int8
     static = None
-    for seed in (1, 2, 3):  # a GPU captures at the second use
-        features, plain = features_of(model, 2, seed), None
-        tokens = torch.randint(0, 500, (2, 8), device=DEVICE)
+    for seed in (1, 2, 3) if DEVICE == "cuda" else (1, 2):  # a GPU captures at the second use
+        features = features_of(model, 2, seed)
+        tokens = torch.randint(0, 100, (2, 3), device=DEVICE)
         if static is None:
             static = StaticKVCache(decoder, features, 1)
         else:
@@ -88,14 +88,14 @@ def test_steps_of_a_cache_that_is_used_again(int8: bool) -> None:
             static.refill(decoder, features)
         plain = KVCache(decoder, features)
         caches: list[KVCache] = [plain, static]
-        expected, got = (cache.first_logits(decoder, tokens[:, :4], [0, 3]) for cache in caches)
-        steps = [[cache.next_logits(decoder, token).clone() for token in tokens[:, 4:].split(1, 1)] for cache in caches]
+        expected, got = (cache.first_logits(decoder, tokens[:, :2], [0, 1]) for cache in caches)
+        steps = [[cache.next_logits(decoder, token).clone() for token in tokens[:, 2:].split(1, 1)] for cache in caches]
         tolerance = {"atol": 3 * (ROUNDED if int8 else EXACT), "rtol": 0.0}
         torch.testing.assert_close(got.float(), expected.float(), **tolerance)
         torch.testing.assert_close(torch.stack(steps[1]).float(), torch.stack(steps[0]).float(), **tolerance)
         # a long prompt goes another way
         caches[0], _ = KVCache(decoder, features), static.refill(decoder, features)
-        long = torch.randint(0, 500, (2, 12), device=DEVICE)
+        long = torch.randint(0, 100, (2, 12), device=DEVICE)
         expected, got = (cache.first_logits(decoder, long, [11]) for cache in caches)
         torch.testing.assert_close(got.float(), expected.float(), **tolerance)
 
@@ -110,7 +110,7 @@ def test_int8_rounds_each_channel_by_its_own_scale() -> None:
     assert y.abs().amax(2).min() == 127
 
 
-@pytest.mark.parametrize("rows, k, n", [(1, 64, 50), (5, 96, 16), (70, 2048, 24), (3, 64, 9000)])
+@pytest.mark.parametrize("rows, k, n", [(1, 64, 50), (5, 96, 16), (70, 2048, 24), (1, 64, 4200)])
 def test_linear_of_odd_sizes(rows: int, k: int, n: int) -> None:
     x, weight, bias = (torch.randn(*shape).to(DEVICE, DTYPE) / 8 for shape in ((rows, k), (n, k), (n,)))
     expected = torch.nn.functional.gelu(x @ weight.T + bias)
@@ -118,9 +118,10 @@ def test_linear_of_odd_sizes(rows: int, k: int, n: int) -> None:
 
 
 def test_most_likely_is_the_first_of_the_best() -> None:
-    logits = torch.randn(3, 9000, device=DEVICE)
-    logits[:, ::7] = -torch.inf
-    logits[1, [8000, 4098]] = 9.0
+    logits = torch.randn(3, 2, 9000, device=DEVICE)
+    logits[..., ::7] = -torch.inf
+    logits[1, :, [8000, 4098]] = 9.0
+    logits = logits[:, 1]  # the first ones come among those of other positions
     token, logprob = token_step.most_likely(logits)
     expected: Tensor = logits.log_softmax(-1)
     assert token.tolist() == logits.argmax(-1).tolist()
