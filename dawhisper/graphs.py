@@ -220,12 +220,13 @@ def open_cache(decoder: TextDecoder, features: AudioFeatures, group: int, max_le
     weights = tuple((p.data_ptr(), p.dtype) for p in decoder.parameters())
     key = (features.primary.shape, features.primary.dtype, group, decoder.int8_memory, weights)
     found = kept.pop(key, None)
-    if found is None:
-        with torch.inference_mode(False), torch.no_grad():  # so that any later caller may write to it
-            found = StaticKVCache(decoder, features, group)
-    else:
-        found.refill(decoder, features)
-    yield found
+    with torch.cuda.device_of(features.primary):  # Triton launches on the current one
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():  # so that any later caller may write to it
+                found = StaticKVCache(decoder, features, group)
+        else:
+            found.refill(decoder, features)
+        yield found
     kept[key] = found
     while len(kept) > 1 and sum(one.nbytes for one in kept.values()) > most_bytes(features.primary.device):
         kept.popitem(last=False)
@@ -249,13 +250,15 @@ def wants_kernels(features: AudioFeatures) -> bool:
 @cache
 def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Triton builds its kernels on this machine, with a C compiler; without, steps run as PyTorch's own kernels."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         from .token_step import linear
 
-        linear(*torch.ones(2, 16, 16, device=device, dtype=dtype))
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            for rows in (16, 64):  # with the most shared memory that it takes
+                linear(*torch.ones(2, rows, 2048, device=device, dtype=dtype))
+            torch.cuda.synchronize()
     except Exception as error:  # of Triton, the compiler or the driver: whatever it is, there is another way
         why = " ".join(str(error).split())[:200]
         warnings.warn(f"decoding without Triton kernels, which is slower ({why}); is a C compiler there?", stacklevel=2)

@@ -144,14 +144,15 @@ def linear(
     n = weight.shape[-2]
     y = torch.empty(*several, rows, n, device=x.device, dtype=dtype or x.dtype)
     block_m = min(64, max(MIN_TILE, triton.next_power_of_2(rows)))
-    block_k, parts = 128 if k >= 2048 else 64, 4 if n <= 4096 else 2
+    block_k, parts = 128 if k >= 2048 and block_m <= 32 else 64, 4 if n <= 4096 else 2
+    stage = (block_m + MIN_TILE) * block_k * parts * x.element_size()  # bytes that are loaded ahead, several times
     grid = (triton.cdiv(n, MIN_TILE), triton.cdiv(rows, block_m), *(several or [1]))
     early = launches_early(x.device)
     kernels.linear[grid](
         x, weight, bias, residual, y, rows, n, x.stride(0) if several else 0, x.stride(-2),
         K=k, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, EARLY=early,
         BLOCK_M=block_m, BLOCK_N=MIN_TILE, BLOCK_K=block_k, PARTS=parts,
-        num_warps=parts, num_stages=4 if block_m * block_k <= 4096 else 2, launch_pdl=early,
+        num_warps=parts, num_stages=max(1, min(4, shared_memory(x.device) // stage)), launch_pdl=early,
     )  # fmt: skip
     return y
 
@@ -247,6 +248,15 @@ def quantize(x: Tensor, y: Tensor, scales: Tensor) -> None:
 @cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor that one program may take, less what sums need."""
+    if device.type != "cuda":
+        return 1 << 17
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin - (1 << 14)
 
 
 @cache

@@ -135,6 +135,19 @@ def test_compiled_blocks_give_the_same_tokens(static) -> None:
     assert tokens_of(model, mels(2), sample_len=70) == expected
 
 
+def test_without_kernels_it_decodes_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: (_ for _ in ()).throw(RuntimeError("no compiler\nhere")))
+    with pytest.warns(UserWarning, match="slower.*no compiler here"):
+        assert not graphs.triton_works(gpu, torch.float16)
+    assert not graphs.triton_works(gpu, torch.float16)  # told once
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not graphs.triton_works(gpu, torch.bfloat16)
+    assert not graphs.triton_works(torch.device("cpu"), torch.float16)
+    graphs.triton_works.cache_clear()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_graphs_in_half_precision(dtype: torch.dtype, static) -> None:
