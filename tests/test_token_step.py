@@ -51,9 +51,15 @@ def features_of(model: Whisper, windows: int, seed: int = 1) -> AudioFeatures:
     return model.encode(torch.randn(windows, 80, 140).to(DEVICE, DTYPE))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-@pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
+CASES = [(name, 1, False) for name in MODELS] + [
+    ("single", 3, True),
+    ("dual", 1, True),
+    ("dual", 3, False),
+    ("dual", 3, True),
+]
+
+
+@pytest.mark.parametrize("name, group, int8", CASES)
 def test_a_block_is_the_plain_block(name: str, group: int, int8: bool) -> None:
     model = model_of(name)
     decoder, features = model.decoder, features_of(model, 2)
