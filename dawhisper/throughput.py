@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .bench import matmul_flops
 from .decoding import DecodingOptions, decode_windows, model_tokenizer
 from .flops import forward_flops
 from .model import DualOptions, ModelDimensions, Whisper
@@ -78,10 +79,8 @@ def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> 
 
 @cache
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s that the device reaches in a product of two bf16 matrices of 8192 by 8192."""
-    n = 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-    return 2 * n**3 / (milliseconds(lambda: a @ b, device, 10) / 1e3)
+    """FLOP/s that the device reaches in a bf16 matrix product."""
+    return matmul_flops(device, torch.bfloat16)
 
 
 @torch.no_grad()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peer import DUALS, VARIANTS, pair
+from peer import DUALS, MULTILINGUAL, VARIANTS, pair
 from test_cli import run, write_wav
 from test_transcribe import noise
 
@@ -116,7 +116,7 @@ def test_bytes_of_a_step() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    ours, _ = pair()
+    ours, _ = pair(replace(MULTILINGUAL, n_text_ctx=128))  # it never ends before its context is full
     path = tmp_path_factory.mktemp("model") / "random.pt"
     torch.save({"dims": asdict(ours.dims), "model_state_dict": ours.state_dict()}, path)
     return str(path)
@@ -132,17 +132,17 @@ def test_peak_memory_is_that_of_its_own_process(model: str) -> None:
 
 
 def test_the_command_beside_openai_whisper(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [write_wav(tmp_path / f"{i}.wav", noise(2 + i, seed=i)) for i in range(2)]
+    file = write_wav(tmp_path / "0.wav", noise(2, seed=0))
     out = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md"}
     given = ["--model", model, "--device", "cpu", "--threads", "1", "--against", "openai-whisper"]
-    assert run("bench", *files, *given, "--json", out["json"], "--markdown", out["markdown"]) == 0
+    assert run("bench", file, *given, "--json", out["json"], "--markdown", out["markdown"]) == 0
     assert "| openai-whisper fp32 |" in capsys.readouterr().out
     assert "| openai-whisper fp32 |" in out["markdown"].read_text()
     report = json.loads(out["json"].read_text())
     ours, theirs = report["sections"]["recordings"]["contestants"]
     assert ours["texts"] == theirs["texts"]
     assert all(ours["texts"])
-    assert theirs["same_text"] == 2
+    assert theirs["same_text"] == 1
     assert theirs["time_difference"] < 0.01
     assert 0 < theirs["first_segment"] <= theirs["seconds"]
     assert 0 < ours["peak_gib"] < 8

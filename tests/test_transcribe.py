@@ -95,12 +95,12 @@ def test_english_only_model() -> None:
 
 
 def test_real_speech(base_path: Path, assets: Path) -> None:
-    """base on 50 s: the asset clip again and again, with word times."""
+    """base on more than a window: the asset clip again and again, with word times."""
     ours, theirs = dawhisper.load_model(base_path, device="cpu"), whisper.load_model(str(base_path), device="cpu")
     clip = dawhisper.load_audio(assets / "speech.opus")
-    audio = np.concatenate([clip, np.zeros(16000, np.float32)] * (1 + 45 * 16000 // len(clip)))
+    audio = np.concatenate([clip, np.zeros(16000, np.float32)] * (1 + 32 * 16000 // len(clip)))
     result = assert_same(ours, theirs, audio, word_timestamps=True, language="en")
-    assert sum(len(s["words"]) for s in result["segments"]) > 50
+    assert sum(len(s["words"]) for s in result["segments"]) > 40
     assert_same(ours, theirs, clip, beam_size=5, best_of=5)
 
 
