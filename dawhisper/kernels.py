@@ -42,6 +42,11 @@ def _normed(x, d, w_ptr, b_ptr, EPS, D: tl.constexpr):
 
 
 @triton.jit
+def _gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def norm(x_ptr, w_ptr, b_ptr, y_ptr, EPS, D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     _follow(EARLY)
     at, d = tl.program_id(0) * D, tl.arange(0, BLOCK)
@@ -77,7 +82,7 @@ def linear(
     if BIAS:
         y += tl.load(b_ptr + batch * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+        y = _gelu(y)
     at = (batch * M + m[:, None]).to(tl.int64) * N + n[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     if RESIDUAL:
@@ -256,7 +261,7 @@ def fuse(
     hidden = tl.load(hidden_ptr + row * hidden_row + i, mask=i < GATE, other=0.0).to(tl.float32)
     hidden += tl.load(p_ptr + D + i, mask=i < GATE, other=0.0).to(tl.float32)
     hidden += tl.load(s_ptr + D + i, mask=i < GATE, other=0.0).to(tl.float32)
-    hidden = 0.5 * hidden * (1 + tl.erf(hidden * 0.7071067811865476))
+    hidden = _gelu(hidden)
     last = tl.load(last_w_ptr + i, mask=i < GATE, other=0.0).to(tl.float32)
     gate = 1 / (1 + tl.exp(-tl.sum(hidden * last, 0) - tl.load(last_b_ptr).to(tl.float32)))
     _release(EARLY)

@@ -84,7 +84,7 @@ class StepWeights:
 
 
 def side_by_side(place: tuple[Tensor, Tensor], *linears: nn.Linear) -> None:
-    """Copy weights and biases of linear layers over one input into a place for all."""
+    """Copy weights and biases of linear layers over one input into a place for all: `joint`, but nothing between."""
     weight, bias = place
     start = 0
     for linear in linears:
@@ -123,8 +123,7 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     rows, d = x.shape
     y = torch.empty_like(x)
     block = triton.next_power_of_2(d)
-    early = launches_early(x.device)
-    kernels.norm[(rows,)](x, layer.weight, layer.bias, y, layer.eps, D=d, BLOCK=block, EARLY=early, launch_pdl=early)
+    kernels.norm[(rows,)](x, layer.weight, layer.bias, y, layer.eps, D=d, BLOCK=block, **overlapping(x.device))
     return y
 
 
@@ -147,12 +146,11 @@ def linear(
     block_k, parts = 128 if k >= 2048 and block_m <= 32 else 64, 4 if n <= 4096 else 2
     stage = (block_m + MIN_TILE) * block_k * parts * x.element_size()  # bytes that are loaded ahead, several times
     grid = (triton.cdiv(n, MIN_TILE), triton.cdiv(rows, block_m), *(several or [1]))
-    early = launches_early(x.device)
     kernels.linear[grid](
         x, weight, bias, residual, y, rows, n, x.stride(0) if several else 0, x.stride(-2),
-        K=k, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, EARLY=early,
+        K=k, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
         BLOCK_M=block_m, BLOCK_N=MIN_TILE, BLOCK_K=block_k, PARTS=parts,
-        num_warps=parts, num_stages=max(1, min(4, shared_memory(x.device) // stage)), launch_pdl=early,
+        num_warps=parts, num_stages=max(1, min(4, shared_memory(x.device) // stage)), **overlapping(x.device),
     )  # fmt: skip
     return y
 
@@ -161,10 +159,9 @@ def self_attend(qkv: Tensor, states: Tensor, position: Tensor, span: int) -> Ten
     """Store the new keys and values and attend to all so far: qkv [R, 3d] -> [R, d]."""
     _, rows, n_head, n_ctx, e = states.shape
     y = torch.empty(rows, n_head * e, device=qkv.device, dtype=qkv.dtype)
-    early = launches_early(y.device)
     kernels.self_attend[(rows, n_head)](
         qkv, states[0], states[1], position, y, e**-0.5, n_head, n_ctx,
-        E=e, SPAN=min(span, n_ctx), BLOCK=64, EARLY=early, launch_pdl=early,
+        E=e, SPAN=min(span, n_ctx), BLOCK=64, **overlapping(y.device),
     )  # fmt: skip
     return y
 
@@ -191,10 +188,8 @@ def cross_attend(
     splits = triton.cdiv(n_position, per_split)
     part = torch.empty(batch * heads * splits * group, e, device=q.device)
     level = torch.empty(len(part), device=q.device)
-    early = launches_early(q.device)
     audio = (q, key, value, scales, part, level, e**-0.5, q.stride(0), heads, n_position)
-    how = {"E": e, "INT8": scales is not None, "PER_SPLIT": per_split, "BLOCK": block, "EARLY": early}
-    how["launch_pdl"] = early
+    how = {"E": e, "INT8": scales is not None, "PER_SPLIT": per_split, "BLOCK": block, **overlapping(q.device)}
     if group == 1:
         kernels.cross_attend[(batch * heads, splits)](*audio, **how)
     else:
@@ -205,7 +200,7 @@ def cross_attend(
     kernels.join[(rows, heads)](
         q, part, level, noise_key, noise_value, noise_scale, y, e**-0.5, q.stride(0), heads, rows, group, n_noise,
         HEADS=n_head, E=e, SPLITS=splits, NOISE=n_noise > 0, BLOCK=triton.next_power_of_2(max(splits, n_noise)),
-        EARLY=early, num_warps=1, launch_pdl=early,
+        num_warps=1, **overlapping(q.device),
     )  # fmt: skip
     return y
 
@@ -219,11 +214,10 @@ def fuse(x: Tensor, hidden: Tensor, outs: Tensor, last: nn.Linear, layer: nn.Lay
     rows, d = x.shape
     g = hidden.shape[1]
     y, normed = torch.empty_like(x), torch.empty_like(x)
-    early = launches_early(x.device)
     kernels.fuse[(rows,)](
         x, hidden, outs, last.weight, last.bias, layer.weight, layer.bias, y, normed, rows, hidden.stride(0), layer.eps,
-        D=d, GATE=g, BLOCK_D=triton.next_power_of_2(d), BLOCK_GATE=triton.next_power_of_2(g), EARLY=early,
-        launch_pdl=early,
+        D=d, GATE=g, BLOCK_D=triton.next_power_of_2(d), BLOCK_GATE=triton.next_power_of_2(g),
+        **overlapping(x.device),
     )  # fmt: skip
     return y, normed
 
@@ -260,6 +254,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
-def launches_early(device: torch.device) -> bool:
-    """Whether a kernel's launch can overlap the end of the one before (programmatic dependent launch, from Hopper)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """A kernel's options for a launch during the end of the one before (programmatic dependent launch, from Hopper)."""
+    early = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": early, "launch_pdl": early}
