@@ -24,6 +24,7 @@ from torch import Tensor
 from .errors import AudioError, OptionError
 
 if TYPE_CHECKING:
+    from av import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
@@ -341,7 +342,17 @@ def _blocks(
     import av
 
     resampler = av.AudioResampler(format="s16", layout="mono", rate=sr)
+    waiting = av.AudioFifo()  # frames are short, 20 ms in Opus: a second of them is resampled in one go
     given: tuple[Any, ...] | None = None
+
+    def resampled(last: bool) -> Iterator[np.ndarray]:
+        frame = waiting.read()
+        if frame is not None:
+            frame.pts = None  # a gap or jump in the time stamps must not reach the resampler
+            yield from (f.to_ndarray()[0] for f in resampler.resample(frame))
+        if last:
+            yield from (f.to_ndarray()[0] for f in resampler.resample(None))
+
     packets = container.demux(stream)
     while True:
         try:
@@ -357,13 +368,15 @@ def _blocks(
         for frame in frames:
             now = (frame.format.name, frame.layout.name, frame.sample_rate)
             if given is not None and now != given:  # the stream changes its rate or channels half-way
-                yield from (f.to_ndarray()[0] for f in resampler.resample(None))
-                resampler = av.AudioResampler(format="s16", layout="mono", rate=sr)
+                yield from resampled(last=True)
+                resampler, waiting = av.AudioResampler(format="s16", layout="mono", rate=sr), av.AudioFifo()
             given = now
-            frame.pts = None  # a gap or jump in the time stamps must not reach the resampler
-            yield from (f.to_ndarray()[0] for f in resampler.resample(frame))
+            frame.pts = None
+            waiting.write(frame)
+            if waiting.samples >= frame.sample_rate:
+                yield from resampled(last=False)
     if given is not None:
-        yield from (f.to_ndarray()[0] for f in resampler.resample(None))
+        yield from resampled(last=True)
 
 
 def _seek(container: InputContainer, stream: AudioStream, start: float) -> float | None:

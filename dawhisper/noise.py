@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchaudio.functional as AF
 import torchaudio.transforms as AT
 from torch import Tensor
@@ -32,6 +33,7 @@ from .manifest import Utterance, decode_audio, in_processes, read_manifest, to_i
 from .world import onto
 
 FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
+PIECE = 32  # samples (2 ms) that babble is put together of
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause
 MAX_NOISE_CREST_DB = 20.0  # noise may be this much louder in the pauses than under the speech, no more
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
@@ -52,38 +54,49 @@ def length_mask(lengths: Tensor, n_samples: int) -> Tensor:
     return torch.arange(n_samples, device=lengths.device) < lengths[:, None]
 
 
+def frame_energy(x: Tensor) -> Tensor:
+    """Sum of the squares of each 20 ms frame, the last one filled up with zeros. x [B, S] -> [B, F]"""
+    frames = F.pad(x.float(), (0, -x.shape[-1] % FRAME)).unflatten(-1, (-1, FRAME))
+    return torch.linalg.vector_norm(frames, dim=-1).square()  # reads x once and writes nothing else
+
+
+def active_samples(energy: Tensor, lengths: Tensor) -> Tensor:
+    """How many samples of active speech each frame has: 0 in a pause. energy [B, F], lengths [B] -> int64 [B, F]"""
+    start = torch.arange(energy.shape[-1], device=energy.device) * FRAME
+    count = (lengths[:, None] - start).clamp(0, FRAME)
+    power = energy / count.clamp(min=1)  # the last frame may be a partial one
+    return count * (power > power.amax(-1, keepdim=True) * 10 ** (-ACTIVE_RANGE_DB / 10))
+
+
+def power_over(energy: Tensor, samples: Tensor) -> Tensor:
+    """Mean power over the frames that have such samples: energy, their number, both [B, F] -> [B]; 0 without any."""
+    return (energy * (samples > 0)).sum(-1) / samples.sum(-1).clamp(min=1)
+
+
 def active_mask(x: Tensor, lengths: Tensor) -> Tensor:
     """True on the samples of active speech (see the module's docstring). x [B, S], lengths [B] -> bool [B, S]"""
-    n_samples = x.shape[-1]
-    valid = length_mask(lengths, n_samples)
-    n_frames = -(-n_samples // FRAME)
-    energy = torch.nn.functional.pad(x.float().square() * valid, (0, n_frames * FRAME - n_samples))
-    power = energy.view(-1, n_frames, FRAME).sum(-1)  # [B, F]
-    count = (lengths[:, None] - torch.arange(n_frames, device=x.device) * FRAME).clamp(1, FRAME)
-    power = power / count  # the last frame may be a partial one
-    active = power > power.amax(-1, keepdim=True) * 10 ** (-ACTIVE_RANGE_DB / 10)
-    return active.repeat_interleave(FRAME, dim=-1)[:, :n_samples] & valid
-
-
-def mean_power(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean square of x [B, S] over the True samples of mask [B, S] -> [B]; 0 where the mask is empty."""
-    return (x.square() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    valid = length_mask(lengths, x.shape[-1])
+    active = active_samples(frame_energy(x * valid), lengths) > 0
+    return active.repeat_interleave(FRAME, dim=-1)[:, : x.shape[-1]] & valid
 
 
 def active_power(x: Tensor, lengths: Tensor) -> Tensor:
     """Mean power over active speech. x [B, S], lengths [B] -> [B]"""
-    return mean_power(x, active_mask(x, lengths))
+    energy = frame_energy(x * length_mask(lengths, x.shape[-1]))
+    return power_over(energy, active_samples(energy, lengths))
 
 
 def measure_snr(speech: Tensor, noise: Tensor, lengths: Tensor) -> Tensor:
     """SNR in dB over active speech. Both [B, S], lengths [B] -> [B]; +inf without noise, -inf without speech."""
-    mask = active_mask(speech, lengths)
-    return _ratio_db(mean_power(speech, mask), mean_power(noise, mask))
+    valid = length_mask(lengths, speech.shape[-1])
+    energy = frame_energy(speech * valid)
+    active = active_samples(energy, lengths)
+    return _ratio_db(power_over(energy, active), power_over(frame_energy(noise * valid), active))
 
 
 def _ratio_db(speech_power: Tensor, noise_power: Tensor) -> Tensor:
     ratio = 10 * (speech_power.log10() - noise_power.log10())
-    return torch.where(noise_power > 0, ratio, torch.full_like(ratio, math.inf))
+    return torch.where(noise_power > 0, ratio, math.inf)
 
 
 # ---- building blocks ----------------------------------------------------------------------------------------------
@@ -96,26 +109,50 @@ def add_noise(speech: Tensor, noise: Tensor, snr_db: Tensor, lengths: Tensor) ->
     A noise that falls almost wholly into the pauses is not raised without end: it is taken to be at most 20 dB
     weaker under the speech than over the whole clip. A silent clip gets no noise: there is nothing to scale it by.
     """
-    mask, valid = active_mask(speech, lengths), length_mask(lengths, speech.shape[-1])
-    floor = mean_power(noise, valid) * 10 ** (-MAX_NOISE_CREST_DB / 10)
-    noise_power = torch.maximum(mean_power(noise, mask), floor)
-    scale = (mean_power(speech, mask) / noise_power.clamp(min=1e-20)).sqrt() * 10 ** (-snr_db.float() / 20)
-    scaled = noise * valid * torch.where(noise_power > 1e-20, scale, torch.zeros_like(scale))[:, None]
-    return speech * valid + scaled, scaled
+    valid = length_mask(lengths, speech.shape[-1])
+    speech, noise = speech * valid, noise * valid
+    gain, _ = noise_gain(frame_energy(speech), frame_energy(noise), snr_db, lengths)
+    scaled = noise * gain[:, None]
+    return speech + scaled, scaled
+
+
+def noise_gain(speech: Tensor, noise: Tensor, snr_db: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor by which `add_noise` scales the noise, and the SNR in dB that comes of it, both [B].
+
+    speech, noise: their `frame_energy` [B, F]; snr_db asked for and lengths [B].
+    """
+    active = active_samples(speech, lengths)
+    speech_power, under = power_over(speech, active), power_over(noise, active)
+    whole = noise.sum(-1) / lengths.clamp(min=1)
+    noise_power = torch.maximum(under, whole * 10 ** (-MAX_NOISE_CREST_DB / 10))
+    gain = (speech_power / noise_power.clamp(min=1e-20)).sqrt() * 10 ** (-snr_db.float() / 20)
+    gain = torch.where(noise_power > 1e-20, gain, 0.0)
+    return gain, _ratio_db(speech_power, under * gain.square())
+
+
+def unit_power(x: Tensor) -> Tensor:
+    """Each row scaled to a mean square of 1. x [B, S] -> [B, S]"""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (math.sqrt(x.shape[-1]) / norm.clamp(min=1e-10))
 
 
 def colored_noise(
-    shape: Sequence[int], exponent: float, generator: torch.Generator, device: torch.device | str = "cpu"
+    shape: Sequence[int], exponent: float | Tensor, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Gaussian noise with a power spectrum of 1/f**exponent: 0 white, 1 pink, 2 brown. shape [..., S], unit power."""
+    """Gaussian noise with a power spectrum of 1/f**exponent: 0 white, 1 pink, 2 brown. shape [..., S], unit power.
+
+    exponent: one for all rows, or a tensor with one for each.
+    """
     n_samples, rows = shape[-1], math.prod(shape[:-1])
-    white = _gaussian(_seeds(rows, generator, device), n_samples)
-    if exponent:
+    noise = _gaussian(_seeds(rows, generator, device), n_samples)
+    if isinstance(exponent, Tensor) or exponent:
         frequency = torch.arange(n_samples // 2 + 1, device=device).float()
-        gain = frequency.clamp(min=20 * n_samples / SAMPLE_RATE).pow(-exponent / 2)  # flat under 20 Hz: nobody hears it
-        gain[0].zero_()  # no constant offset; `gain[0] = 0` would wait for the device
-        white = torch.fft.irfft(torch.fft.rfft(white) * gain, n=n_samples)
-    return (white / white.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-10)).view(*shape)
+        frequency = frequency.clamp(min=20 * n_samples / SAMPLE_RATE)  # flat under 20 Hz: nobody hears it
+        power = onto(device, exponent.reshape(-1, 1)) if isinstance(exponent, Tensor) else exponent
+        gain = frequency.pow(-power / 2)
+        gain[..., 0].zero_()  # no constant offset; `gain[0] = 0` would wait for the device
+        noise = torch.fft.irfft(torch.fft.rfft(noise) * gain, n=n_samples)
+    return unit_power(noise).view(*shape)
 
 
 def babble(
@@ -127,9 +164,9 @@ def babble(
 ) -> Tensor:
     """For each clip a babble of the other clips of the batch, never of itself.
 
-    speech [B, S], lengths [B] -> [B, S], unit power; with `rows` (int64, on the device) only theirs. Each of the
-    talkers (between the two bounds, both counted) is another clip, looped from a random place. With fewer clips than
-    talkers a clip is heard more than once.
+    speech [B, S], zero from `lengths` [B] on -> [B, S], unit power; with `rows` (int64, on the device) only theirs.
+    Each of the talkers (between the two bounds, both counted) is another clip, looped from a random place. With fewer
+    clips than talkers a clip is heard more than once.
     Raises OptionError when B is 1: use `NoiseBank.babble`.
     """
     batch, n_samples = speech.shape
@@ -144,14 +181,17 @@ def babble(
     who, start = onto(speech.device, others[:, columns]), onto(speech.device, start)
     if rows is not None:
         who, start, levels = who[rows], start[rows], levels[rows]
-    rms = mean_power(speech, length_mask(lengths, n_samples)).sqrt().clamp(min=1e-5)
-    time = torch.arange(n_samples, device=speech.device)
-    total = torch.zeros(len(who), n_samples, device=speech.device)
-    for k in range(talkers[1]):
-        period = lengths[who[:, k]].clamp(min=1)[:, None]
-        position = (time + (start[:, k : k + 1] * period).long()) % period
-        total += speech[who[:, k]].gather(-1, position) * (levels[:, k] / rms[who[:, k]])[:, None]
-    return total / total.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-10)
+    rms = (frame_energy(speech).sum(-1) / lengths.clamp(min=1)).sqrt().clamp(min=1e-5)
+    # Pieces of 2 ms are looked up and summed in one go; sample by sample it would take ten times as long.
+    pieces = F.pad(speech, (0, -n_samples % PIECE)).view(batch, -1, PIECE)
+    period = (lengths // PIECE).clamp(min=1)[who][:, None]  # [n, 1, K], in pieces
+    time = torch.arange(pieces.shape[1], device=speech.device)[:, None]
+    place = (time + (start[:, None] * period).long()) % period + who[:, None] * pieces.shape[1]  # [n, P, K]
+    weight = (levels / rms[who])[:, None].expand_as(place)
+    total = F.embedding_bag(
+        place.flatten(0, 1), pieces.flatten(0, 1), mode="sum", per_sample_weights=weight.flatten(0, 1)
+    )
+    return unit_power(total.view(len(who), -1)[:, :n_samples])
 
 
 def reverberate(x: Tensor, rir: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -166,7 +206,7 @@ def reverberate(x: Tensor, rir: Tensor, lengths: Tensor | None = None) -> Tensor
     tap = torch.arange(n_taps, device=rir.device) + rir.abs().argmax(-1, keepdim=True)
     rir = rir.gather(-1, tap.clamp(max=n_taps - 1)) * (tap < n_taps)
     full = -(-(n_samples + n_taps) // 8000) * 8000  # a length with small prime factors: fast FFTs
-    wet = AF.fftconvolve(x, torch.nn.functional.pad(rir, (0, full - n_samples + 1 - n_taps)))[:, :n_samples]
+    wet = AF.fftconvolve(x, F.pad(rir, (0, full - n_samples + 1 - n_taps)))[:, :n_samples]
     if lengths is not None:
         wet = wet * length_mask(lengths, n_samples)
     gain = x.square().sum(-1, keepdim=True) / wet.square().sum(-1, keepdim=True).clamp(min=1e-20)
@@ -223,24 +263,20 @@ def spec_augment(
     torchaudio's `mask_along_axis_iid` draws from the device's own state, which can't be replayed by step: not used.
     """
     batch, n_mels, n_frames = mel.shape
-    draws = onto(mel.device, torch.rand(batch, 2 * (freq_masks + time_masks), generator=generator))
+    draws = onto(mel.device, torch.rand(batch, freq_masks + time_masks, 2, generator=generator))
     total = torch.full((batch,), n_frames, device=mel.device) if frames is None else onto(mel.device, frames)
-    masked = torch.zeros(batch, n_mels, n_frames, dtype=torch.bool, device=mel.device)
-    bands, times = torch.arange(n_mels, device=mel.device), torch.arange(n_frames, device=mel.device)
-    for k in range(freq_masks + time_masks):
-        size, place = draws[:, 2 * k], draws[:, 2 * k + 1]
-        if k < freq_masks:
-            width = (size * (min(freq_width, n_mels) + 1)).floor()
-            start = (place * (n_mels - width + 1)).floor()
-            hit = (bands >= start[:, None]) & (bands < (start + width)[:, None])
-            masked |= hit[:, :, None]
-        else:
-            limit = (total * max_time_share).floor().clamp(max=time_width)
-            width = (size * (limit + 1)).floor()
-            start = (place * (total - width + 1)).floor()
-            hit = (times >= start[:, None]) & (times < (start + width)[:, None])
-            masked |= hit[:, None, :]
-    return torch.where(masked, mel.mean((1, 2), keepdim=True), mel)
+
+    def masked(draws: Tensor, limit: Tensor | int, total: Tensor | int, n: int) -> Tensor:
+        """draws [B, k, 2] -> bool [B, n]: what k stretches of up to `limit` of `total` places cover"""
+        width = (draws[..., 0] * (limit + 1)).floor()
+        start = (draws[..., 1] * (total - width + 1)).floor()
+        place = torch.arange(n, device=mel.device)
+        return ((place >= start[..., None]) & (place < (start + width)[..., None])).any(1)
+
+    bands = masked(draws[:, :freq_masks], min(freq_width, n_mels), n_mels, n_mels)
+    limit = (total * max_time_share).floor().clamp(max=time_width)[:, None]
+    times = masked(draws[:, freq_masks:], limit, total[:, None], n_frames)
+    return torch.where(bands[:, :, None] | times[:, None], mel.mean((1, 2), keepdim=True), mel)
 
 
 # ---- random numbers that are the same on every device -------------------------------------------------------------
@@ -397,7 +433,7 @@ class NoiseBank:
         for k in range(talkers[1]):
             voice = self.batch(count, n_samples, generator, exclude)
             total += voice * (levels[:, k : k + 1] / voice.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-5))
-        return total / total.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-10)
+        return unit_power(total)
 
     def responses(self, count: int, generator: torch.Generator, max_seconds: float = 2.0) -> Tensor:
         """`count` random recordings from their beginning, zero-padded: impulse responses. -> [count, R]"""
@@ -566,18 +602,19 @@ class Augment:
         gain = 10 ** (_draw(o.gain_db, batch, g) / 20) * touched + ~touched
         snr = torch.where(chosen["mild"], _draw(o.mild_snr, batch, g), _draw(self.snr, batch, g))
 
-        audio = audio.float() * length_mask(lengths, audio.shape[-1])
-        speech, lengths = self._speed(audio * onto(audio.device, gain)[:, None], lengths, chosen["speed"], g)
-        noise, kind = self._noise(speech, lengths, noisy, chosen["second_noise"], g)
-        _, noise = add_noise(speech, noise, onto(audio.device, snr), lengths)
-
-        silenced = onto(audio.device, only)
-        clean = speech * ~silenced[:, None]
-        heard = self._room(clean, lengths, chosen["reverb"] & ~only, g) + noise
-        heard = self._channel(heard, chosen["codec"], chosen["clip"], g) * length_mask(lengths, heard.shape[-1])
-        true_snr = measure_snr(speech, noise, lengths)
-        true_snr = torch.where(silenced, torch.full_like(true_snr, -math.inf), true_snr)
-        return Mixture(heard, clean, noise, true_snr, lengths, kind)
+        speech = audio.float() * onto(audio.device, gain)[:, None] * length_mask(lengths, audio.shape[-1])
+        speech, lengths = self._speed(speech, lengths, chosen["speed"], g)
+        energy = frame_energy(speech)
+        noise, kind = self._noise(speech, energy, lengths, noisy, chosen["second_noise"], g)
+        scale, true_snr = noise_gain(energy, frame_energy(noise), onto(audio.device, snr), lengths)
+        noise *= scale[:, None]
+        if only.any():
+            rows = onto(audio.device, torch.nonzero(only).flatten())
+            speech.index_fill_(0, rows, 0.0)
+            true_snr.index_fill_(0, rows, -math.inf)
+        heard = self._room(speech, lengths, chosen["reverb"] & ~only, g) + noise
+        self._channel(heard, lengths, chosen["codec"], chosen["clip"], g)
+        return Mixture(heard, speech, noise, true_snr, lengths, kind)
 
     def _weights(self, batch: int) -> list[float]:
         """Weight of each of KINDS, 0 for what can't be made."""
@@ -595,82 +632,91 @@ class Augment:
         if not changed:
             return x, lengths
         longest = max([x.shape[-1]] + [math.ceil(x.shape[-1] / speed) for speed in changed])
-        out = torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
-        lengths = lengths.clone()
+        out, lengths = F.pad(x, (0, longest - x.shape[-1])), lengths.clone()
         for speed, index in changed.items():
             y, n = speed_changer(speed, x.device)(x[index], lengths[index])
-            n_kept = min(y.shape[-1], longest)
-            out[index] = torch.nn.functional.pad(y[:, :n_kept], (0, longest - n_kept))
-            lengths[index] = n.clamp(max=longest)
-        return out * length_mask(lengths, longest), lengths
+            n = n.clamp(max=longest)
+            y = y[:, :longest] * length_mask(n, min(y.shape[-1], longest))
+            out.index_copy_(0, index, F.pad(y, (0, longest - y.shape[-1])))
+            lengths.index_copy_(0, index, n)
+        return out, lengths
 
     def _noise(
-        self, speech: Tensor, lengths: Tensor, noisy: Tensor, second: Tensor, g: torch.Generator
+        self, speech: Tensor, energy: Tensor, lengths: Tensor, noisy: Tensor, second: Tensor, g: torch.Generator
     ) -> tuple[Tensor, list[str]]:
-        """Noise of a drawn kind for the noisy clips, zeros for the others. -> [B, S], names of the kinds"""
+        """Noise of a drawn kind for the noisy clips, zeros for the others. -> [B, S], names of the kinds
+
+        Noises are made together by how they are made, first and second ones alike.
+        """
         batch = speech.shape[0]
         noise, kind = torch.zeros_like(speech), ["clean"] * batch
         weights = torch.tensor(self._weights(batch))
         if not weights.sum():
             return noise, kind
-        mask = active_mask(speech, lengths)
-        for turn, chosen in enumerate((noisy, noisy & second)):
-            drawn = torch.multinomial(weights, batch, replacement=True, generator=g)
-            level = 10 ** (_draw((-10.0, 0.0), batch, g) / 20) if turn else torch.ones(batch)
-            for k, name in enumerate(KINDS):
-                index = torch.nonzero(chosen & (drawn == k)).flatten()
-                if not index.numel():
-                    continue
-                rows = onto(speech.device, index)
-                y = self._make(name, rows, speech, lengths, g)
-                rms = mean_power(y, mask[rows]).sqrt().clamp(min=y.square().mean(-1).sqrt() / 10 + 1e-10)
-                noise[rows] += y * (onto(y.device, level[index]) / rms)[:, None]
-                for i in index.tolist():
-                    kind[i] = f"{kind[i]}+{name}" if turn else name
-        return noise, kind
+        active = active_samples(energy, lengths)
+        chosen = torch.stack([noisy, noisy & second])
+        drawn = torch.multinomial(weights, 2 * batch, replacement=True, generator=g).view(2, batch)
+        level = torch.stack([torch.ones(batch), 10 ** (_draw((-10.0, 0.0), batch, g) / 20)])
+        names = [[KINDS[k] for k in one] for one in drawn.tolist()]
+        for turn, row in torch.nonzero(chosen).tolist():
+            kind[row] = f"{kind[row]}+{names[turn][row]}" if turn else names[turn][row]
+        for group in (("real",), ("babble",), tuple(COLOURS)):
+            places = torch.nonzero(chosen & torch.isin(drawn, torch.tensor([KINDS.index(name) for name in group])))
+            if not len(places):
+                continue
+            turn, row = places.unbind(1)
+            rows = onto(speech.device, row)
+            y = self._make([names[i][j] for i, j in places.tolist()], rows, speech, lengths, g)
+            energy = frame_energy(y)
+            rms = power_over(energy, active[rows]).sqrt()
+            rms = rms.clamp(min=(energy.sum(-1) / y.shape[-1]).sqrt() / 10 + 1e-10)
+            y *= (onto(speech.device, level[turn, row]) / rms)[:, None]
+            n = int((turn == 0).sum())  # a clip's first and second noise are added one after the other
+            noise.index_add_(0, rows[:n], y[:n]).index_add_(0, rows[n:], y[n:])
+        return noise.mul_(length_mask(lengths, noise.shape[-1])), kind
 
-    def _make(self, kind: str, rows: Tensor, speech: Tensor, lengths: Tensor, g: torch.Generator) -> Tensor:
-        """Noise of one kind for these rows of the batch. -> [len(rows), S]"""
+    def _make(self, kinds: Sequence[str], rows: Tensor, speech: Tensor, lengths: Tensor, g: torch.Generator) -> Tensor:
+        """Noise for these rows of the batch: real noise, babble, or coloured noises. -> [len(rows), S]"""
         count, n_samples = len(rows), speech.shape[-1]
-        if kind == "real" and self.noises is not None:
+        if kinds[0] == "real" and self.noises is not None:
             return self.noises.batch(count, n_samples, g).to(speech.device)
-        if kind == "babble" and self.speech is not None:
+        if kinds[0] == "babble" and self.speech is not None:
             return self.speech.babble(count, n_samples, g, self.options.talkers).to(speech.device)
-        if kind == "babble":
+        if kinds[0] == "babble":
             return babble(speech, lengths, g, self.options.talkers, rows)
-        return colored_noise((count, n_samples), COLOURS[kind], g, speech.device)
+        return colored_noise((count, n_samples), torch.tensor([COLOURS[kind] for kind in kinds]), g, speech.device)
 
     def _room(self, x: Tensor, lengths: Tensor, chosen: Tensor, g: torch.Generator) -> Tensor:
         rows = onto(x.device, torch.nonzero(chosen).flatten())
         if self.rirs is None or not len(rows):
             return x
         rir = self.rirs.responses(len(rows), g, self.options.reverb_seconds).to(x.device)
-        out = x.clone()
-        out[rows] = reverberate(x[rows], rir, lengths[rows])
-        return out
+        return x.index_copy(0, rows, reverberate(x[rows], rir, lengths[rows]))
 
-    def _channel(self, x: Tensor, codec: Tensor, clip: Tensor, g: torch.Generator) -> Tensor:
-        """Telephone, low-pass (2 to 7 kHz) or high-pass (100 to 500 Hz), a third each; clipping at 0.2 to 0.9."""
+    def _channel(self, x: Tensor, lengths: Tensor, codec: Tensor, clip: Tensor, g: torch.Generator) -> None:
+        """Telephone, low-pass (2 to 7 kHz) or high-pass (100 to 500 Hz), a third each; clipping at 0.2 to 0.9.
+
+        In place.
+        """
         which = torch.randint(3, codec.shape, generator=g)
         edge, ceiling = torch.rand(codec.shape, generator=g), _draw((0.2, 0.9), len(clip), g)
-        out = x.clone()
         for k in range(3):
             index = torch.nonzero(codec & (which == k)).flatten()
             if not index.numel():
                 continue
             rows, place = onto(x.device, index), edge[index]
             if k == 0:
-                out[rows] = telephone(x[rows], g)
+                y = telephone(x[rows], g)
             elif k == 1:
-                out[rows] = band_limit(x[rows], 0.0, 2000 + 5000 * place)
+                y = band_limit(x[rows], 0.0, 2000 + 5000 * place)
             else:
-                out[rows] = band_limit(x[rows], 100 + 400 * place)
+                y = band_limit(x[rows], 100 + 400 * place)
+            x.index_copy_(0, rows, y * length_mask(lengths[rows], x.shape[-1]))
         index = torch.nonzero(clip).flatten()
         if index.numel():
             rows = onto(x.device, index)
-            limit = out[rows].abs().amax(-1, keepdim=True) * onto(x.device, ceiling[index])[:, None]
-            out[rows] = torch.maximum(torch.minimum(out[rows], limit), -limit)
-        return out
+            limit = x[rows].abs().amax(-1, keepdim=True) * onto(x.device, ceiling[index])[:, None]
+            x.index_copy_(0, rows, torch.maximum(torch.minimum(x[rows], limit), -limit))
 
 
 def _draw(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
