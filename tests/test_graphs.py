@@ -10,7 +10,7 @@ from peer import MULTILINGUAL, talkative, trained
 from test_decoding import mels
 
 from dawhisper import graphs
-from dawhisper.decoding import DecodingOptions, decode
+from dawhisper.decoding import DecodingOptions, decode, model_tokenizer
 from dawhisper.model import DualOptions, Whisper
 
 CASES = {
@@ -157,5 +157,9 @@ def test_graphs_in_half_precision(dtype: torch.dtype, static) -> None:
     static(True)
     got = tokens_of(model, mels(2), sample_len=20)
     assert model.decoder in graphs._kept
-    # attention with a mask takes another kernel, so that near ties may fall otherwise
-    assert [row[:4] for row in got] == [row[:4] for row in expected]
+    for mel, mine, plain in zip(mels(2), got, expected):  # other kernels: near ties, and they alone, may fall otherwise
+        n = next((i for i, pair in enumerate(zip(mine, plain)) if len(set(pair)) == 2), None)
+        if n is not None:
+            tokens = torch.tensor([[*model_tokenizer(model, language="en").sot_sequence, *mine[:n]]], device="cuda")
+            logits = model(mel[None].to("cuda", dtype), tokens)[0, -1]
+            assert (logits[mine[n]] - logits[plain[n]]).abs() < 4 * torch.finfo(dtype).eps * logits.abs().max()

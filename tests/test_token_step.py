@@ -96,7 +96,7 @@ def test_steps_of_a_cache_that_is_used_again(int8: bool) -> None:
         caches: list[KVCache] = [plain, static]
         expected, got = (cache.first_logits(decoder, tokens[:, :2], [0, 1]) for cache in caches)
         steps = [[cache.next_logits(decoder, token).clone() for token in tokens[:, 2:].split(1, 1)] for cache in caches]
-        tolerance = {"atol": 3 * (ROUNDED if int8 else EXACT), "rtol": 0.0}
+        tolerance = {"atol": 3 * (ROUNDED if int8 else EXACT), "rtol": EXACT / 5}
         torch.testing.assert_close(got.float(), expected.float(), **tolerance)
         torch.testing.assert_close(torch.stack(steps[1]).float(), torch.stack(steps[0]).float(), **tolerance)
         # a long prompt goes another way
