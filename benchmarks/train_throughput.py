@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--compile", choices=["off", "encoder", "model"], default="encoder", help="ours")
+    parser.add_argument("--compile", choices=["off", "encoder", "blocks", "model"], default="encoder", help="ours")
     parser.add_argument("--graph", action="store_true", help="ours: as loop.graph")
     parser.add_argument("--compile-peers", action="store_true", help="torch.compile the peers too")
     parser.add_argument("--attention", choices=["default", "cudnn", "flash"], default="default", help="ours")

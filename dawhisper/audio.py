@@ -24,7 +24,6 @@ from torch import Tensor
 from .errors import AudioError, OptionError
 
 if TYPE_CHECKING:
-    from av import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 

@@ -156,7 +156,7 @@ class DecoderGraph(nn.Module):
         for layer, (block, states) in enumerate(zip(decoder.blocks, past.flatten(2, 3))):
             key, value = block.attn.key_value(block.attn_ln(x))  # type: ignore[operator, union-attr]
             new.append(torch.stack([key, value]))
-            x = self._block(block, x, torch.cat([states, new[-1]], dim=3), seen, self._memory(layer, cross), layer)
+            x = self._block(block, x, torch.cat([states, new[-1]], dim=3), seen, self._memory(layer, cross))
         output = decoder.token_embedding.weight.T if self.output is None else self.output
         logits = (decoder.ln(x) @ output).float()
         return logits.unflatten(0, groups), torch.stack(new).unflatten(2, groups)
@@ -166,13 +166,13 @@ class DecoderGraph(nn.Module):
         noise = None if embed is None else secondary.key_value(embed[None])  # type: ignore[operator, union-attr]
         return CrossMemory(cross[2 * layer], cross[2 * layer + 1], None, noise)
 
-    def _block(self, block: Any, x: Tensor, states: Tensor, seen: Tensor, memory: CrossMemory, layer: int) -> Tensor:
+    def _block(self, block: Any, x: Tensor, states: Tensor, seen: Tensor, memory: CrossMemory) -> Tensor:
         """DecoderBlock.forward with a cache that is passed in, and one mask for prompt and steps."""
         query = block.attn.split(block.attn.query(block.attn_ln(x)))
         read = F.scaled_dot_product_attention(query, states[0], states[1], attn_mask=seen)
         x = x + block.attn.out(merge(read))
         y = block.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
-        x = x + block.cross_attention(y, memory, x.shape[:2], layer, None).view_as(x)
+        x = x + block.cross_attention(y, memory).output.view_as(x)
         return x + block.mlp(block.mlp_ln(x))
 
 

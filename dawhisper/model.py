@@ -11,7 +11,7 @@ import base64
 import gzip
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -104,8 +104,28 @@ class Trace:
     secondary: dict[int, Tensor] = field(default_factory=dict)
     features: AudioFeatures | None = None
 
-    def wants(self, layer: int) -> bool:
-        return self.layers is None or layer in self.layers
+    def record(self, layer: int, fused: Fused, memory: CrossMemory, rows: Sequence[int]) -> None:
+        """What a layer's cross-attentions gave; rows: [R, n]."""
+        if self.layers is not None and layer not in self.layers:
+            return
+        self.output[layer] = fused.output.view(*rows, -1)
+        if fused.gate is not None:
+            self.gate[layer] = fused.gate.view(*rows)
+        if fused.query is not None:
+            scores = fused.query @ memory.stacked().key.to(fused.query.dtype).mT / math.sqrt(fused.query.shape[-1])
+            branches = scores.unflatten(2, (-1, rows[1])).transpose(1, 2).flatten(0, 1)  # [R, h or 2h, n, T]
+            n_head = branches.shape[1] if fused.gate is None else branches.shape[1] // 2
+            self.primary[layer] = branches[:, :n_head]
+            if fused.gate is not None:
+                self.secondary[layer] = branches[:, n_head:]
+
+
+class Fused(NamedTuple):
+    """What a layer's cross-attentions give; the rows of a window stand side by side."""
+
+    output: Tensor  # [B, n, d]
+    gate: Tensor | None  # [B, n, 1] the primary's share, with two branches
+    query: Tensor | None  # [B, h or 2h, n, e] where it is asked for
 
 
 class CrossMemory(NamedTuple):
@@ -121,6 +141,14 @@ class CrossMemory(NamedTuple):
         branches = [(self.key, self.value)] if self.secondary is None else [(self.key, self.value), self.secondary]
         key, value = (torch.cat([x.to(dtype or x.dtype) for x in both], dim=1) for both in zip(*branches))
         return CrossMemory(key, value, None, self.noise)
+
+    def transposed(self) -> CrossMemory:
+        """With positions before heads, [B, T, h, e], as they lie in memory; and back."""
+        secondary, noise = (
+            None if pair is None else (pair[0].transpose(1, 2), pair[1].transpose(1, 2))
+            for pair in (self.secondary, self.noise)
+        )
+        return CrossMemory(self.key.transpose(1, 2), self.value.transpose(1, 2), secondary, noise)
 
     def read(self, query: Tensor) -> Tensor:
         """Attention over the audio; query and result [B, h, n, e], or of both branches where they are stacked."""
@@ -334,14 +362,16 @@ class DecoderBlock(nn.Module):
         noise = None if noise_embed is None else self.secondary_attn.key_value(noise_embed[None])
         return CrossMemory(key, value, self.secondary_attn.key_value(features.secondary), noise)
 
-    def forward(self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
-        """x [R, n, d] -> [R, n, d]"""
+    def forward(
+        self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, query: bool = False
+    ) -> tuple[Tensor, Fused]:
+        """x [R, n, d] -> [R, n, d], and what the cross-attentions gave, with their query if it is asked for."""
         x = x + self.self_attention(self.attn_ln(x), cache, layer)
         # the rows of one window share its memory: they stand side by side as queries, nothing is copied
         y = self.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
-        trace = trace if trace is not None and trace.wants(layer) else None
-        x = x + self.cross_attention(y, memory, x.shape[:2], layer, trace).view_as(x)
-        return x + self.mlp(self.mlp_ln(x))
+        fused = self.cross_attention(y, memory, query)
+        x = x + fused.output.view_as(x)
+        return x + self.mlp(self.mlp_ln(x)), fused
 
     def self_attention(self, y: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         n = y.shape[1]
@@ -352,42 +382,37 @@ class DecoderBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
         return self.attn.out(merge(out))
 
-    def cross_attention(
-        self, y: Tensor, memory: CrossMemory, rows: Sequence[int], layer: int, trace: Trace | None
-    ) -> Tensor:
+    def cross_attention(self, y: Tensor, memory: CrossMemory, query: bool = False) -> Fused:
         primary, secondary = self.cross_attn, self.secondary_attn
         q = primary.split(primary.query(y))
-        if secondary is not None:
-            q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
-        gate = None
         if secondary is None:
-            fused = primary.out(merge(memory.read(q)))
+            return Fused(primary.out(merge(memory.read(q))), None, q if query else None)
+        q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
+        if memory.secondary is None:  # both branches in one call
+            read, read2 = memory.read(q).chunk(2, dim=1)
         else:
-            if memory.secondary is None:  # both branches in one call
-                read, read2 = memory.read(q).chunk(2, dim=1)
-            else:
-                q1, q2 = q.chunk(2, dim=1)
-                read = attend(q1, memory.key, memory.value)
-                read2 = attend(q2, *memory.secondary)
-            if memory.noise is not None:
-                key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
-                noise = attend(q[:, self.n_head :], key, value)
-                read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
-            p, s = primary.out(merge(read)), secondary.out(merge(read2))
-            gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
-            fused = torch.lerp(s, p, gate)  # a p + (1 - a) s, and exactly p where s equals p
-        if trace is not None:
-            trace.output[layer] = fused.view(*rows, -1)
-            if gate is not None:
-                trace.gate[layer] = gate.view(*rows)
-            if trace.attention:
-                scores = q @ memory.stacked().key.to(q.dtype).mT / math.sqrt(q.shape[-1])
-                scores = scores.unflatten(2, (-1, rows[1])).transpose(1, 2)
-                scores = scores.flatten(0, 1)  # [R, h or 2h, n, T]
-                trace.primary[layer] = scores[:, : self.n_head]
-                if secondary is not None:
-                    trace.secondary[layer] = scores[:, self.n_head :]
-        return fused
+            q1, q2 = q.chunk(2, dim=1)
+            read = attend(q1, memory.key, memory.value)
+            read2 = attend(q2, *memory.secondary)
+        if memory.noise is not None:
+            key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
+            noise = attend(q[:, self.n_head :], key, value)
+            read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
+        p, s = primary.out(merge(read)), secondary.out(merge(read2))
+        gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
+        fused = torch.lerp(s, p, gate)  # a p + (1 - a) s, and exactly p where s equals p
+        return Fused(fused, gate, q if query else None)
+
+
+class Memories(nn.Module):
+    """Every layer's keys and values of the audio. It has no weights; it is a module so that it can be compiled.
+
+    Then the gradients that all layers give to the audio are summed in one go. It gives them `transposed`: gradients of
+    what a compiled module gives are wanted contiguous, and would be copied.
+    """
+
+    def forward(self, blocks: nn.ModuleList, features: AudioFeatures, noise_embed: Tensor | None) -> list[CrossMemory]:
+        return [block.memory(features, noise_embed).transposed() for block in blocks]  # type: ignore[operator]
 
 
 class TextDecoder(nn.Module):
@@ -397,6 +422,7 @@ class TextDecoder(nn.Module):
         self.token_embedding = nn.Embedding(dims.n_vocab, d)
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(dims.n_text_ctx, d), std=0.01))
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
+        self.every_memory = Memories()
         self.ln = LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
         self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
@@ -404,9 +430,12 @@ class TextDecoder(nn.Module):
         self.int8_memory = False  # keeps them in int8 for the token steps on a GPU, see token_step.py
         self.gradient_checkpointing = False
 
-    def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
-        for block in self.blocks:
-            yield block.memory(features, self.noise_embed)  # type: ignore[operator]
+    def memories(self, features: AudioFeatures) -> Iterable[CrossMemory]:
+        """Each layer's keys and values of the audio: all at once for training, else one after the other."""
+        if torch.is_grad_enabled():
+            every = self.every_memory(self.blocks, features, self.noise_embed)
+            return (memory.transposed() for memory in every)
+        return (block.memory(features, self.noise_embed) for block in self.blocks)  # type: ignore[operator]
 
     def forward(
         self,
@@ -431,7 +460,9 @@ class TextDecoder(nn.Module):
             raise ValueError("the decoder needs the audio: give features or a cache")
         memories = self.memories(features) if cache is None else iter(cache.memories)  # type: ignore[arg-type]
         for layer, (block, memory) in enumerate(zip(self.blocks, memories)):
-            x = maybe_checkpoint(self, block, x, memory, cache, layer, trace)
+            x, fused = maybe_checkpoint(self, block, x, memory, cache, layer, trace is not None and trace.attention)
+            if trace is not None:
+                trace.record(layer, fused, memory, tokens.shape)
         if cache is not None:
             cache.length = end
         if positions is not None:
@@ -515,7 +546,7 @@ class KVCache:
         self.states = self.states[:, :, rows]
 
 
-def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Tensor], *args: Any) -> Tensor:
+def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Any], *args: Any) -> Any:
     """Run a block; with gradient checkpointing on, recompute it in the backward pass instead of keeping it."""
     if module.gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
@@ -609,12 +640,15 @@ class Whisper(nn.Module):
         flags = torch.frombuffer(bytearray(gzip.decompress(base64.b85decode(dump))), dtype=torch.bool)
         self.alignment_heads = flags.view(self.dims.n_text_layer, self.dims.n_text_head).to(self.device)
 
-    def compile_blocks(self) -> None:
-        """Have torch.compile fuse what lies between the matrix products of the encoder.
+    def compile_blocks(self, decoder: bool = False) -> None:
+        """Have torch.compile fuse what lies between the matrix products of the encoder; of the decoder, for training.
 
         The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
         """
-        for block in [*self.encoder.blocks, *self.encoder.secondary_blocks, self.encoder.mix]:
+        blocks = [*self.encoder.blocks, *self.encoder.secondary_blocks, self.encoder.mix]
+        if decoder:
+            blocks += [*self.decoder.blocks, self.decoder.every_memory]
+        for block in blocks:
             block.compile()
 
     def freeze_encoder(self) -> None:

@@ -142,11 +142,12 @@ class LoopOptions:
     """How the loop runs.
 
     steps: optimiser steps; accumulate: micro-batches per step; precision: bf16, fp16, fp32 (with TF32) or auto (bf16
-    on a GPU that has it, fp32 on the CPU); compile: off, encoder (its blocks, in seconds), model (everything, minutes,
-    with tokens padded to multiples of 64), auto (encoder on a GPU); graph: replay forward and backward pass on a GPU
-    as CUDA graphs, one for each length of audio and text, with tokens padded to multiples of 32; attention: the kernel
-    to try first, flash, cudnn (plans each new shape for milliseconds) or default (torch's choice); fsdp: shard weights
-    and optimiser over the devices; deterministic: bit-for-bit repeatable on a GPU too, slower.
+    on a GPU that has it, fp32 on the CPU); compile: off, encoder (its blocks, in seconds), blocks (the decoder's too),
+    model (everything, minutes, with tokens padded to multiples of 64), auto (encoder on a GPU); graph: replay forward
+    and backward pass on a GPU as CUDA graphs, one for each length of audio and text, with tokens padded to multiples of
+    32; attention: the kernel to try first, flash, cudnn (plans each new shape for milliseconds) or default (torch's
+    choice); fsdp: shard weights and optimiser over the devices; deterministic: bit-for-bit repeatable on a GPU too,
+    slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
     encoder positions. max_bad_steps: non-finite steps in a row that end the run. memory_share: of the GPU's memory that
     this process may take, for several runs side by side.
@@ -213,7 +214,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _one_of("freeze", self.freeze, FREEZABLE)
         _one_of("loop.precision", [self.loop.precision], ("auto", "bf16", "fp16", "fp32"))
-        _one_of("loop.compile", [self.loop.compile], ("auto", "off", "encoder", "model"))
+        _one_of("loop.compile", [self.loop.compile], ("auto", "off", "encoder", "blocks", "model"))
         _one_of("loop.attention", [self.loop.attention], ("default", "cudnn", "flash"))
         for key, value, least in (
             ("data.batch_size", self.data.batch_size, 1),

@@ -172,13 +172,14 @@ def parallelise(
     """What the loop calls in the student's place: compiled, and shared by the world's processes.
 
     compile "encoder": the encoders' blocks, which take most of the time; one stands for all, so it compiles in seconds;
-    "model": the whole forward pass, anew for each length of audio and text.
+    "blocks": the decoders' too, where they are not sharded; "model": the whole forward pass, anew for each length of
+    audio and text.
     graph: replayed passes exchange no gradients, so the loop does.
     """
     torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
-    if compile == "encoder":
+    if compile in ("encoder", "blocks"):
         for model in [student.model] if teacher is None else [student.model, teacher.model]:
-            model.compile_blocks()
+            model.compile_blocks(decoder=compile == "blocks" and not fsdp)
     parallel: nn.Module = student
     if fsdp:
         parallel = shard(student, world)

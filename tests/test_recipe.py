@@ -95,7 +95,7 @@ def test_the_control_trains_the_encoder_in_place_of_a_second_branch() -> None:
         ("optim.lr=[1", "not valid YAML"),
         ("freeze=[encodr]", "did you mean encoder?"),
         ("loop.precision=bf61", "did you mean bf16?"),
-        ("loop.compile=all", "must be one of auto, off, encoder, model"),
+        ("loop.compile=all", "must be one of auto, off, encoder, blocks, model"),
         ("loop.steps=0", "loop.steps is 0; it must be at least 1"),
         ("objective.logits=0", "nothing teaches the decoder"),
         ("model.dual=false", "objective.gate to 0"),
