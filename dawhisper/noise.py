@@ -182,7 +182,7 @@ def babble(
     if rows is not None:
         who, start, levels = who[rows], start[rows], levels[rows]
     rms = (frame_energy(speech).sum(-1) / lengths.clamp(min=1)).sqrt().clamp(min=1e-5)
-    # Pieces of 2 ms are looked up and summed in one go; sample by sample it would take ten times as long.
+    # Pieces of 2 ms are looked up and summed in one go, instead of every sample of each talker in turn.
     pieces = F.pad(speech, (0, -n_samples % PIECE)).view(batch, -1, PIECE)
     period = (lengths // PIECE).clamp(min=1)[who][:, None]  # [n, 1, K], in pieces
     time = torch.arange(pieces.shape[1], device=speech.device)[:, None]
