@@ -111,17 +111,17 @@ def add_noise(speech: Tensor, noise: Tensor, snr_db: Tensor, lengths: Tensor) ->
     """
     valid = length_mask(lengths, speech.shape[-1])
     speech, noise = speech * valid, noise * valid
-    gain, _ = noise_gain(frame_energy(speech), frame_energy(noise), snr_db, lengths)
+    energy = frame_energy(speech)
+    gain, _ = noise_gain(energy, frame_energy(noise), active_samples(energy, lengths), snr_db, lengths)
     scaled = noise * gain[:, None]
     return speech + scaled, scaled
 
 
-def noise_gain(speech: Tensor, noise: Tensor, snr_db: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def noise_gain(speech: Tensor, noise: Tensor, active: Tensor, snr_db: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The factor by which `add_noise` scales the noise, and the SNR in dB that comes of it, both [B].
 
-    speech, noise: their `frame_energy` [B, F]; snr_db asked for and lengths [B].
+    speech, noise: their `frame_energy` [B, F]; active: the speech's `active_samples`; snr_db asked for, lengths [B].
     """
-    active = active_samples(speech, lengths)
     speech_power, under = power_over(speech, active), power_over(noise, active)
     whole = noise.sum(-1) / lengths.clamp(min=1)
     noise_power = torch.maximum(under, whole * 10 ** (-MAX_NOISE_CREST_DB / 10))
@@ -605,8 +605,9 @@ class Augment:
         speech = audio.float() * onto(audio.device, gain)[:, None] * length_mask(lengths, audio.shape[-1])
         speech, lengths = self._speed(speech, lengths, chosen["speed"], g)
         energy = frame_energy(speech)
-        noise, kind = self._noise(speech, energy, lengths, noisy, chosen["second_noise"], g)
-        scale, true_snr = noise_gain(energy, frame_energy(noise), onto(audio.device, snr), lengths)
+        active = active_samples(energy, lengths)
+        noise, kind = self._noise(speech, active, lengths, noisy, chosen["second_noise"], g)
+        scale, true_snr = noise_gain(energy, frame_energy(noise), active, onto(audio.device, snr), lengths)
         noise *= scale[:, None]
         if only.any():
             rows = onto(audio.device, torch.nonzero(only).flatten())
@@ -642,7 +643,7 @@ class Augment:
         return out, lengths
 
     def _noise(
-        self, speech: Tensor, energy: Tensor, lengths: Tensor, noisy: Tensor, second: Tensor, g: torch.Generator
+        self, speech: Tensor, active: Tensor, lengths: Tensor, noisy: Tensor, second: Tensor, g: torch.Generator
     ) -> tuple[Tensor, list[str]]:
         """Noise of a drawn kind for the noisy clips, zeros for the others. -> [B, S], names of the kinds
 
@@ -653,7 +654,6 @@ class Augment:
         weights = torch.tensor(self._weights(batch))
         if not weights.sum():
             return noise, kind
-        active = active_samples(energy, lengths)
         chosen = torch.stack([noisy, noisy & second])
         drawn = torch.multinomial(weights, 2 * batch, replacement=True, generator=g).view(2, batch)
         level = torch.stack([torch.ones(batch), 10 ** (_draw((-10.0, 0.0), batch, g) / 20)])
