@@ -372,7 +372,7 @@ def _evaluate(**options: Any) -> int:
     try:
         from .evaluate import EvaluateOptions, run
     except ModuleNotFoundError as e:
-        raise OptionError(f"evaluate needs {e.name}, which is not installed: pip install 'dawhisper[train]'") from e
+        raise OptionError(f"evaluate needs {e.name}, which is not installed: pip install 'dawhisper[evaluate]'") from e
 
     run(EvaluateOptions(**options))
     return 0

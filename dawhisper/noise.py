@@ -17,14 +17,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchaudio.functional as AF
-import torchaudio.transforms as AT
 from torch import Tensor
 
 from .audio import N_SAMPLES, SAMPLE_RATE
@@ -206,7 +205,7 @@ def reverberate(x: Tensor, rir: Tensor, lengths: Tensor | None = None) -> Tensor
     tap = torch.arange(n_taps, device=rir.device) + rir.abs().argmax(-1, keepdim=True)
     rir = rir.gather(-1, tap.clamp(max=n_taps - 1)) * (tap < n_taps)
     full = -(-(n_samples + n_taps) // 8000) * 8000  # a length with small prime factors: fast FFTs
-    wet = AF.fftconvolve(x, F.pad(rir, (0, full - n_samples + 1 - n_taps)))[:, :n_samples]
+    wet = torch.fft.irfft(torch.fft.rfft(x, n=full) * torch.fft.rfft(rir, n=full), n=full)[:, :n_samples]
     if lengths is not None:
         wet = wet * length_mask(lengths, n_samples)
     gain = x.square().sum(-1, keepdim=True) / wet.square().sum(-1, keepdim=True).clamp(min=1e-20)
@@ -529,10 +528,31 @@ class AugmentOptions:
 
 
 @cache
-def speed_changer(speed: float, device: torch.device) -> AT.Speed:
-    """Plays clips at another speed. Kept, because making its filter waits for the device."""
+def speed_changer(speed: float, device: torch.device) -> torch.nn.Module:
+    """torchaudio's `Speed`, which plays clips at another speed. Kept, because making its filter waits for the device.
+
+    Raises OptionError where torchaudio is missing or doesn't load: its releases are compiled for some of torch's, and
+    pip can't see for which.
+    """
+    try:
+        from torchaudio.transforms import Speed
+    except (ImportError, OSError) as e:
+        raise OptionError(f"a changed speed needs torchaudio, {_torchaudio_fault(e)}, or set speed_prob to 0") from e
     # The rate is given in hundredths: int(0.95 * 16000) and the like would be off by one.
-    return AT.Speed(100, speed + 1e-9).to(device)
+    return Speed(100, speed + 1e-9).to(device)
+
+
+def _torchaudio_fault(error: Exception) -> str:
+    """What is wrong with torchaudio here, which versions fit, and the command that puts it right."""
+    try:
+        found = version("torchaudio")
+    except PackageNotFoundError:
+        return "which is not installed: pip install 'dawhisper[train]'"
+    return (
+        f"and torchaudio {found} does not load beside torch {torch.__version__} ({error}). torch 2.11.0 goes with "
+        "torchaudio 2.11.0, torch 2.13 and newer with 2.11.1, both of them for CUDA or both for the CPU alone: "
+        "pip install torch==2.11.0 torchaudio==2.11.0"
+    )
 
 
 @dataclass(frozen=True)
@@ -573,6 +593,8 @@ class Augment:
         self.snr = NOISE_LEVELS[options.noise_level] if options.noise_level else options.snr
         if options.noise_prob > 0 and not any(self._weights(batch=2)):
             raise OptionError("noise is asked for but no kind has a weight: give noise files, or set noise_prob to 0")
+        if options.speed_prob > 0:
+            speed_changer(SPEEDS[0], torch.device("cpu"))  # a torchaudio that doesn't load is found here, not at a step
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed, "snr": list(self.snr)}

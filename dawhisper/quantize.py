@@ -188,7 +188,7 @@ def measure(options: QuantizeOptions, out: Path) -> str:
     try:
         from . import evaluate
     except ModuleNotFoundError as e:
-        raise OptionError(f"word errors need {e.name}: pip install 'dawhisper[train]'") from e
+        raise OptionError(f"word errors need {e.name}: pip install 'dawhisper[evaluate]'") from e
 
     folder = out.with_suffix(".evaluation")
     models = [f"float={options.model}", f"int8={out}", f"dynamic=dynamic:{options.model}"]

@@ -29,6 +29,7 @@ from .decoding import DecodingOptions, decode_windows, language_code, model_toke
 from .errors import AudioError, OptionError
 from .losses import noise_dominance
 from .model import AudioFeatures, Trace, Whisper
+from .noise import add_noise
 from .output import writable_folder
 from .timing import Word, find_alignment
 from .transcribe import TranscribeOptions
@@ -145,10 +146,6 @@ def gain_of(clean: np.ndarray, noisy: np.ndarray, options: VisualizeOptions) -> 
 
 def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> tuple[np.ndarray, np.ndarray]:
     """The mixture at `snr` dB and the noise in it, the noise repeated where it is too short."""
-    try:
-        from .noise import add_noise
-    except ModuleNotFoundError as e:
-        raise OptionError(f"--noise needs {e.name}, which is not installed: pip install 'dawhisper[train]'") from e
     if not noise.any():
         raise AudioError("the recording of noise is silent; give another one")
     looped = torch.from_numpy(np.resize(noise, len(speech)))[None]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import wave
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dawhisper import noise
 from dawhisper.errors import DataError, OptionError
 from dawhisper.noise import (
     KINDS,
@@ -354,6 +358,39 @@ def test_speed_changes_length_and_pitch_together() -> None:
     full = Augment(dataclasses.replace(AugmentOptions.off(), speed_prob=1.0, clean_prob=0.0))
     longest = full(torch.rand(4, 480000), torch.full((4,), 480000), 0)
     assert longest.audio.shape[1] <= 480000  # never beyond Whisper's window
+
+
+@pytest.fixture
+def fresh_torchaudio(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torchaudio is imported anew, and what came of it is forgotten afterwards."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    speed_changer.cache_clear()
+    yield
+    speed_changer.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_torchaudio")
+def test_a_torchaudio_that_does_not_load_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchaudio.py").write_text("raise OSError('libtorchaudio.so: undefined symbol: torch_exception')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OptionError) as caught:
+        Augment()
+    message = str(caught.value)
+    assert "\n" not in message and "undefined symbol" in message and f"torch {torch.__version__}" in message
+    assert "pip install torch==" in message
+    assert Augment(dataclasses.replace(AugmentOptions(), speed_prob=0.0))(*voices(), 0).audio.any()
+
+
+@pytest.mark.usefixtures("fresh_torchaudio")
+def test_a_missing_torchaudio_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.setattr(noise, "version", version)
+    with pytest.raises(OptionError, match=r"not installed: pip install 'dawhisper\[train\]'"):
+        Augment()
 
 
 def test_babble_from_the_batch_needs_company_and_other_kinds_take_over() -> None:
