@@ -27,18 +27,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dawhisper import snapshot
 from dawhisper.checkpoint import load_model, save_model
-from dawhisper.data import Report
-from dawhisper.devset import DevSet
+from dawhisper.data.loader import Report
+from dawhisper.distributed import World
 from dawhisper.errors import DawhisperError, OptionError
-from dawhisper.feed import Feed
 from dawhisper.model import Whisper
-from dawhisper.optim import Average, make_optimizer, optimizer_step, rate_factor, set_rate
-from dawhisper.recipe import Recipe, differences, read_recipe, to_dict
-from dawhisper.replay import TOKEN_MULTIPLE, Replay
-from dawhisper.runlog import Log
-from dawhisper.student import (
+from dawhisper.training import snapshots as snapshot
+from dawhisper.training.batches import Feed
+from dawhisper.training.cuda_graphs import TOKEN_MULTIPLE, Replay
+from dawhisper.training.dev_set import DevSet
+from dawhisper.training.log import Log
+from dawhisper.training.objective import (
     Inputs,
     Student,
     Teacher,
@@ -50,7 +49,8 @@ from dawhisper.student import (
     shrink,
     taught_layers,
 )
-from dawhisper.world import World
+from dawhisper.training.optimizer import Average, make_optimizer, optimizer_step, rate_factor, set_rate
+from dawhisper.training.recipe import Recipe, differences, read_recipe, to_dict
 
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM
 

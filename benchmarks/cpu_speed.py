@@ -26,7 +26,7 @@ import torch
 from whisper.normalizers import EnglishTextNormalizer
 
 from dawhisper import load_audio
-from dawhisper.backends import Decoding, load, parse_models
+from dawhisper.evaluation.recognizers import Decoding, load, parse_models
 
 
 def load_clips(manifest: Path, limit: int) -> list[tuple[np.ndarray, str]]:

@@ -19,7 +19,7 @@ import torch
 from dawhisper.checkpoint import DTYPES
 from dawhisper.decoding import model_tokenizer
 from dawhisper.model import DualOptions
-from dawhisper.throughput import SIZES, matrix_rate, measure, milliseconds, random_model
+from dawhisper.tools.throughput import SIZES, matrix_rate, measure, milliseconds, random_model
 
 WHO = ("dual", "single", "hf")
 COLUMNS = (

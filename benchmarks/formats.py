@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from dawhisper import load_model, save_model
-from dawhisper.evaluate import EvaluateOptions, run
-from dawhisper.export import export
-from dawhisper.report import Results
+from dawhisper.evaluation.run import EvaluateOptions, run
+from dawhisper.evaluation.tables import Results
+from dawhisper.tools.export import export
 
 
 def make(model_name: str, work: Path) -> dict[str, Path]:

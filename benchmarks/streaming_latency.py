@@ -25,8 +25,8 @@ from whisper.normalizers import EnglishTextNormalizer
 
 import dawhisper
 from dawhisper.audio import SAMPLE_RATE
-from dawhisper.noise import add_noise
-from dawhisper.streaming import Stream, StreamOptions, Update, text_of
+from dawhisper.noise.augment import add_noise
+from dawhisper.serve.stream import Stream, StreamOptions, Update, text_of
 
 normalize = EnglishTextNormalizer()
 

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dawhisper.flops import peak_flops, training_flops
-from dawhisper.losses import IGNORE
+from dawhisper.distributed import World
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
-from dawhisper.optim import make_optimizer, optimizer_step
-from dawhisper.recipe import ObjectiveOptions, OptimOptions
-from dawhisper.replay import Replay
-from dawhisper.student import Inputs, Student, Teacher, attention_kernel, count, parallelise
-from dawhisper.world import World
+from dawhisper.tools.flops import peak_flops, training_flops
+from dawhisper.training.cuda_graphs import Replay
+from dawhisper.training.losses import IGNORE
+from dawhisper.training.objective import Inputs, Student, Teacher, attention_kernel, count, parallelise
+from dawhisper.training.optimizer import make_optimizer, optimizer_step
+from dawhisper.training.recipe import ObjectiveOptions, OptimOptions
 
 SIZES = {
     "tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),

@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from dawhisper.fast.int8 import quantize
+
 from .errors import CheckpointError, OptionError
-from .int8 import quantize
 from .model import DualOptions, ModelDimensions, Whisper
 
 FORMAT_VERSION = 1
@@ -127,7 +128,7 @@ def load_model(
     else:
         path, heads = _existing(name), None
     if (path / "encoder.onnx").is_file():
-        from .export import load_onnx  # needs onnxruntime
+        from dawhisper.tools.export import load_onnx  # needs onnxruntime
 
         exported = load_onnx(path)
         if dual not in (None, exported.dual):

@@ -160,7 +160,7 @@ def _transcribe(
     max_words_per_line: int | None,
     **options: Any,
 ) -> int:
-    from .output import WriterOptions, transcribe_files
+    from .transcribe_files import WriterOptions, transcribe_files
 
     writing = WriterOptions(output_format, highlight_words, max_line_width, max_line_count, max_words_per_line)
     return transcribe_files(
@@ -218,7 +218,7 @@ def _stream(
     as_json: bool,
     **options: Any,
 ) -> int:
-    from .streaming import StreamOptions, stream
+    from dawhisper.serve.stream import StreamOptions, stream
 
     stream(
         model_name,
@@ -264,7 +264,7 @@ def _serve_parser(commands: Any) -> None:
 
 def _serve(models: list[str] | None, api_key: str | None, **options: Any) -> int:
     try:
-        from .server import ServerOptions, serve
+        from dawhisper.serve.app import ServerOptions, serve
     except ModuleNotFoundError as e:
         raise OptionError(f"serve needs {e.name}, which is not installed: pip install 'dawhisper[serve]'") from e
 
@@ -312,7 +312,7 @@ def _prepare_parser(commands: Any) -> None:
 
 
 def _prepare(split: list[float] | None, **options: Any) -> int:
-    from .prepare import PrepareOptions, prepare
+    from dawhisper.data.prepare import PrepareOptions, prepare
 
     report = prepare(PrepareOptions(split=None if split is None else (split[0], split[1], split[2]), **options))
     print(report)
@@ -370,7 +370,7 @@ def _evaluate_parser(commands: Any) -> None:
 
 def _evaluate(**options: Any) -> int:
     try:
-        from .evaluate import EvaluateOptions, run
+        from dawhisper.evaluation.run import EvaluateOptions, run
     except ModuleNotFoundError as e:
         raise OptionError(f"evaluate needs {e.name}, which is not installed: pip install 'dawhisper[evaluate]'") from e
 
@@ -417,7 +417,7 @@ def _bench_parser(commands: Any) -> None:
 
 def _bench(**options: Any) -> int:
     try:
-        from .bench import BenchOptions, bench
+        from dawhisper.tools.bench import BenchOptions, bench
     except ModuleNotFoundError as e:
         raise OptionError(f"bench needs {e.name}, which is not installed: pip install 'dawhisper[bench]'") from e
 
@@ -453,7 +453,7 @@ def _visualize_parser(commands: Any) -> None:
 
 
 def _visualize(**options: Any) -> int:
-    from .visualize import VisualizeOptions, visualize
+    from dawhisper.tools.visualize import VisualizeOptions, visualize
 
     for path in visualize(VisualizeOptions(**options)):
         print(path)
@@ -481,7 +481,7 @@ def _export_parser(commands: Any) -> None:
 
 
 def _export(**options: Any) -> int:
-    from .export import ExportOptions, run
+    from dawhisper.tools.export import ExportOptions, run
 
     print(run(ExportOptions(**options)))
     return 0
@@ -513,7 +513,7 @@ def _quantize_parser(commands: Any) -> None:
 
 
 def _quantize(**options: Any) -> int:
-    from .quantize import QuantizeOptions, run
+    from dawhisper.tools.quantize import QuantizeOptions, run
 
     print(run(QuantizeOptions(**options)))
     return 0
@@ -536,7 +536,7 @@ def _average_parser(commands: Any) -> None:
 
 
 def _average(**options: Any) -> int:
-    from .average import AverageOptions, run
+    from dawhisper.tools.average import AverageOptions, run
 
     print(run(AverageOptions(**options)))
     return 0
@@ -564,7 +564,7 @@ def _join_parser(commands: Any) -> None:
 
 
 def _join(seconds: Sequence[float], pause: Sequence[float], **options: Any) -> int:
-    from .join import JoinOptions, run
+    from dawhisper.data.join import JoinOptions, run
 
     print(run(JoinOptions(seconds=(seconds[0], seconds[1]), pause=(pause[0], pause[1]), **options)))
     return 0

@@ -20,8 +20,9 @@ from whisper.audio import CHUNK_LENGTH
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 from whisper.utils import compression_ratio
 
+from dawhisper.fast.cache import open_cache
+
 from .errors import OptionError, near_names
-from .graphs import open_cache
 from .model import AudioFeatures, KVCache, Whisper
 
 NEVER = float("-inf")
@@ -214,7 +215,7 @@ class Sampling:
 
     def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
         if self.temperature == 0 and cache.fused:
-            from .token_step import most_likely
+            from dawhisper.fast.token_step import most_likely
 
             chosen, logprob = most_likely(logits)
         else:

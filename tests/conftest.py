@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.training import write_clips
+
+from dawhisper.model import ModelDimensions, Whisper
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_VARIABLE = "DAWHISPER_TEST_WEIGHTS"
@@ -57,3 +61,18 @@ def tiny_en_path(weights: Path) -> Path:
 def assets() -> Path:
     """The project's own small clips."""
     return ROOT / "assets"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint in OpenAI's format, and manifests."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = Whisper(ModelDimensions(80, 100, 32, 2, 3, 51865, 64, 32, 2, 3))
+    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, folder / "tiny.pt")
+    return {
+        "model": folder / "tiny.pt",
+        "train": write_clips(folder / "train", 12, seed=1),
+        "dev": write_clips(folder / "dev", 3, seed=2),
+        "noise": write_clips(folder / "noise", 3, seed=3),
+    }

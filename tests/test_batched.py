@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer import pair
-from test_cli import run, write_wav
-from test_transcribe import FAST, SURE, heard, noise
+from helpers.command_line import run
+from helpers.models import FAST, SURE, heard, pair
+from helpers.sound import noise, write_wav
 
 import dawhisper
 from dawhisper import batched, vad
@@ -21,7 +21,7 @@ from dawhisper.audio import SampleReader, load_audio
 from dawhisper.batched import BatchedRecording, Job, Slot, iter_batched, settle
 from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
-from dawhisper.metrics import count_words, normalizer
+from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.transcribe import Split, TranscribeOptions, decode_with_fallback
 from dawhisper.vad import Chunk, Skip, cut

@@ -10,33 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-import wave
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peer import pair
-from test_transcribe import noise
+from helpers.command_line import QUICK, run
+from helpers.models import pair
+from helpers.sound import noise, write_wav
 
 from dawhisper.checkpoint import load_model
-from dawhisper.cli import main
 from dawhisper.model import Whisper
-from dawhisper.output import fallback_temperatures, output_names
-
-# a random model is unsure of everything: don't let it fall back or call it silence
-SURE = ["--logprob_threshold", "None", "--no_speech_threshold", "None", "--compression_ratio_threshold", "None"]
-QUICK = [*SURE, "--beam_size", "None", "--language", "en", "--device", "cpu"]
-
-
-def write_wav(path: Path, audio: np.ndarray, rate: int = 16000) -> Path:
-    with wave.open(str(path), "wb") as f:
-        f.setnchannels(1 if audio.ndim == 1 else audio.shape[1])
-        f.setsampwidth(2)
-        f.setframerate(rate)
-        f.writeframes((audio * 32767).astype("<i2").tobytes())
-    return path
+from dawhisper.transcribe_files import fallback_temperatures, output_names
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +37,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return write_wav(tmp_path / "clip.wav", noise(3))
-
-
-def run(*args: object) -> int:
-    try:
-        return main([str(a) for a in args])
-    except SystemExit as stop:  # argparse
-        return int(stop.code or 0)
 
 
 def error_lines(err: str) -> list[str]:
@@ -190,7 +169,15 @@ def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inference_loads_no_training_package() -> None:
-    training = ("torchaudio", "jiwer", "tensorboard", "matplotlib", "fastapi", "dawhisper.noise", "dawhisper.evaluate")
+    training = (
+        "torchaudio",
+        "jiwer",
+        "tensorboard",
+        "matplotlib",
+        "fastapi",
+        "dawhisper.noise.augment",
+        "dawhisper.evaluation.run",
+    )
     code = f"import sys, dawhisper, dawhisper.output; print([m for m in {training} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -228,7 +215,7 @@ def test_the_dtype_that_is_asked_for(model: str, clip: Path, tmp_path: Path, mon
         asked.append(dtype)
         return load_model(name, device, dtype, root)
 
-    monkeypatch.setattr("dawhisper.output.load_model", load)
+    monkeypatch.setattr("dawhisper.transcribe_files.load_model", load)
     for args in ([], ["--fp16", "False"], ["--dtype", "bf16"], ["--dtype", "int8", "--fp16", "False"]):
         assert run("transcribe", clip, "--model", model, "-o", tmp_path / "o", "-f", "txt", *QUICK, *args) == 0
     assert asked == [None, "fp32", "bf16", "int8"]

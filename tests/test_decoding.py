@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import whisper
-from peer import MULTILINGUAL, VARIANTS, pair, talkative, trained
+from helpers.models import MULTILINGUAL, VARIANTS, mels, pair, talkative, trained
 from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
 
 from dawhisper.decoding import (
@@ -38,11 +38,6 @@ CASES = {
     "some suppressed": {"suppress_tokens": "5,6,7", "language": "en"},
     "late start": {"max_initial_timestamp": None, "language": "en"},
 }
-
-
-def mels(n: int, n_mels: int = 80) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(n, n_mels, 3000, generator=generator)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -25,15 +25,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peer import MULTILINGUAL, talkative
-from serving import launch
-from test_cli import write_wav
-from test_transcribe import noise
+from helpers.models import MULTILINGUAL, talkative
+from helpers.server import launch
+from helpers.sound import noise, write_wav
 
 import dawhisper
 import train
-from dawhisper import cli, load_audio, streaming
+from dawhisper import cli, load_audio
 from dawhisper.model import Whisper
+from dawhisper.serve import stream as streaming
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -157,7 +157,7 @@ class Reader:
             url = words.pop().replace("http://127.0.0.1:8000", self.url)
             answer = subprocess.run([*words, "-sf", url], check=True, capture_output=True, text=True).stdout
             assert "text" in answer
-        elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        elif words[0] == "python" and words[1].startswith("scripts/"):
             self.monkeypatch.setattr(sys, "argv", [*words[1:], "--dev", "1", "--test", "2"])
             with pytest.raises(SystemExit) as done:
                 runpy.run_path(str(ROOT / words[1]), run_name="__main__")

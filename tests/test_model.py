@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import whisper
-from peer import DUALS, MULTILINGUAL, VARIANTS, pair, trained
-from torch import Tensor, nn
+from helpers.models import DUALS, MULTILINGUAL, VARIANTS, inputs, pair, trained
+from torch import nn
 
 from dawhisper.model import DualOptions, KVCache, LayerNorm, Trace, Whisper, is_second_branch
-
-
-def inputs(dims=MULTILINGUAL, batch: int = 2, n: int = 7) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    mel = torch.randn(batch, dims.n_mels, 3000, generator=generator)
-    return mel, torch.randint(0, 50000, (batch, n), generator=generator)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

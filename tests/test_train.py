@@ -6,112 +6,24 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-import wave
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.sound import write_wav
+from helpers.training import arguments, command, curve, environment, records, run
 
 import train
 from dawhisper.checkpoint import load_model, read_config, save_model
 from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
-from dawhisper.student import Student, Teacher, shrink
+from dawhisper.training.objective import Student, Teacher, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def write_wav(path: Path, samples: np.ndarray) -> None:
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 16000, len(samples), "NONE", ""))
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
-
-
-def write_clips(folder: Path, count: int, seed: int) -> Path:
-    """Clips of one to two seconds: a gliding tone in bursts, as unlike silence as speech is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    lines = []
-    for i in range(count):
-        t = np.arange(int(16000 * rng.uniform(1.0, 1.9))) / 16000
-        tone = np.sin(2 * np.pi * (150 + 100 * rng.random() * t) * t) * (np.sin(2 * np.pi * 3 * t) > -0.3)
-        write_wav(folder / f"{i}.wav", 0.3 * tone + 0.01 * rng.standard_normal(len(t)))
-        text = " ".join(rng.choice(WORDS, 3))
-        line = {"audio": f"{i}.wav", "duration": len(t) / 16000, "text": text, "language": "en", "speaker": str(i)}
-        lines.append(json.dumps(line))
-    manifest = folder / "manifest.jsonl"
-    manifest.write_text("\n".join(lines) + "\n")
-    return manifest
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny checkpoint in OpenAI's format, and manifests."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    model = Whisper(ModelDimensions(80, 100, 32, 2, 3, 51865, 64, 32, 2, 3))
-    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, folder / "tiny.pt")
-    return {
-        "model": folder / "tiny.pt",
-        "train": write_clips(folder / "train", 12, seed=1),
-        "dev": write_clips(folder / "dev", 3, seed=2),
-        "noise": write_clips(folder / "noise", 3, seed=3),
-    }
-
-
-def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
-    return [
-        str(ROOT / "configs/everything.yaml"),
-        f"model.name={world['model']}",
-        f"data.train={world['train']}",
-        f"data.noise={world['noise']}",
-        f"out={out}",
-        "device=cpu",
-        "data.workers=0",
-        "data.batch_size=4",
-        "data.targets.prompt=0",
-        "loop.steps=4",
-        "loop.log_every=1",
-        "loop.save_every=100",
-        "optim.warmup=2",
-        "optim.lr=1e-3",
-        "optim.lr_new=1e-3",
-        "evaluate.max_tokens=5",
-        "evaluate.kinds=white",
-        *overrides,
-    ]
-
-
-def command(world: dict[str, Path], out: Path, *overrides: str, processes: int = 0) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    return [sys.executable, *launch, str(ROOT / "train.py"), *arguments(world, out, *overrides)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-
-def records(out: Path, key: str = "loss") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
-
-
-def curve(out: Path, key: str = "loss") -> list[float]:
-    return [line[key] for line in records(out, key)]
-
-
-def run(world: dict[str, Path], out: Path, *overrides: str) -> list[float]:
-    assert train.main(arguments(world, out, *overrides)) == 0
-    return curve(out)
-
-
 QUIET = ("augment.noise_prob=0", "augment.noise_only_prob=0", "augment.clean_prob=1")  # the same audio on any rank
 
 

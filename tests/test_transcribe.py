@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import whisper
-from peer import MULTILINGUAL, VARIANTS, pair, talkative, trained
+from helpers.models import FAST, MULTILINGUAL, SURE, VARIANTS, heard, pair, talkative, trained
+from helpers.sound import noise
 
 import dawhisper
 from dawhisper import timing
-from dawhisper.decoding import DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, DualOptions, Whisper
 from dawhisper.timing import Word, dtw
@@ -28,13 +28,6 @@ from dawhisper.transcribe import (
     is_silence,
     needs_fallback,
 )
-
-
-def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    """Bursts of noise between faint pauses."""
-    rng = np.random.default_rng(seed)
-    audio = rng.standard_normal(int(seconds * 16000)).astype(np.float32) * 0.1
-    return np.where(np.arange(len(audio)) // 20000 % 3 > 0, audio, audio / 100)
 
 
 def assert_same(ours: Whisper, theirs: whisper.Whisper, audio: np.ndarray, **options: Any) -> dict[str, Any]:
@@ -59,9 +52,6 @@ def assert_same(ours: Whisper, theirs: whisper.Whisper, audio: np.ndarray, **opt
     return got
 
 
-FAST = {"sample_len": 24, "temperature": (0.0, 0.6)}
-# likely enough not to fall back, and never silence
-SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
 CASES = {
     "defaults": {},
     "language": {"language": "az"},
@@ -194,11 +184,6 @@ def test_digital_silence_is_not_decoded() -> None:
     assert not [s for s in seeks if 3100 <= s <= 9000]  # windows that lie in the silence as a whole
     assert [s for s in seeks if s > 9000]
     assert model.transcribe(np.zeros(16000, np.float32), **options).segments == []
-
-
-def heard(avg_logprob: float = -0.5, ratio: float = 1.5, no_speech: float = 0.1) -> DecodingResult:
-    features = AudioFeatures(torch.empty(0), torch.empty(0))
-    return DecodingResult(features, "en", None, [], "", avg_logprob, no_speech, 0.0, ratio)
 
 
 def test_fallback_and_silence() -> None:

@@ -1,0 +1,1 @@
+"""What training reads: manifests, corpora, targets, batches."""

@@ -1,0 +1,772 @@
+"""What people have -> checked JSONL manifests: `dawhisper prepare SOURCE --out DIR`.
+
+Reads LibriSpeech, Common Voice, FLEURS and LJSpeech releases, folders of audio with .txt files, CSV/TSV tables,
+manifests, and folders of noise or impulse responses. Every file is decoded once; what can't be used is dropped and
+named in the report. Results of the checks are kept in the output folder, so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dawhisper.audio import SAMPLE_RATE
+from dawhisper.errors import DataError, OptionError
+from dawhisper.noise.augment import AUDIO_SUFFIXES, audio_files
+
+from .manifest import (
+    MAX_SECONDS,
+    MIN_SECONDS,
+    SLACK_SECONDS,
+    Report,
+    Utterance,
+    decode_audio,
+    manifest_line,
+    read_manifest,
+    read_shard,
+    start_process,
+    write_lines,
+    write_manifest,
+)
+
+SPLITS = ("train", "dev", "test")
+SHARD_CODECS = ("opus", "flac")
+CHECKED, LABELLED, REPORT = ".checked.jsonl", ".labelled.jsonl", "report.json"
+LOOPING = 2.4  # compression ratio of a repetitive text, Whisper's own threshold
+CHUNK = 16  # files that a process checks at a time
+ONLY_SPLIT = "manifest"  # the name of the one manifest where nothing is split
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Options of `prepare`; the command line has them under the same names."""
+
+    source: str
+    out: str
+    kind: str = "speech"  # "speech", "noise" or "rir"
+    format: str | None = None  # one of FORMATS; None = found out
+    language: str | None = None  # where the source does not tell it
+    split: tuple[float, float, float] | None = None  # shares of train, dev, test; None: see `_wanted_split`
+    untranscribed: bool = False  # keep speech without text (for label-free training)
+    min_seconds: float | None = None  # default 0.3; for impulse responses 0.01
+    max_seconds: float | None = None  # default 30; for noise and impulse responses an hour
+    workers: int | None = None  # processes; default: the machine's cores
+    shard: int = 0  # items of a tar shard; 0 = no shards, the manifest names the files
+    shard_codec: str = "opus"
+    shard_bitrate: int = 32000  # of Opus, bits per second
+    label_with: str | None = None  # a Whisper checkpoint that writes teacher_text
+    device: str | None = None  # of the labelling model
+    batch_size: int = 16  # of the labelling model
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("kind", ("speech", "noise", "rir")),
+            ("format", (None, *FORMATS)),
+            ("shard_codec", SHARD_CODECS),
+        ):
+            if getattr(self, name) not in known:
+                choice = ", ".join(k for k in known if k)
+                raise OptionError(f"{name} must be one of {choice}, not {getattr(self, name)!r}")
+        if self.split is not None and (len(self.split) != 3 or min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6):
+            raise OptionError(f"split must be three shares that add up to 1 (train, dev, test), not {self.split}")
+        if self.shard < 0 or self.batch_size < 1 or (self.workers is not None and self.workers < 1):
+            raise OptionError("shard must not be negative; batch_size and workers must be 1 or more")
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Shortest and longest allowed, in seconds."""
+        low, high = {"speech": (MIN_SECONDS, MAX_SECONDS), "noise": (MIN_SECONDS, 3600.0), "rir": (0.01, 3600.0)}[
+            self.kind
+        ]
+        return (
+            low if self.min_seconds is None else self.min_seconds,
+            high if self.max_seconds is None else self.max_seconds,
+        )
+
+
+@dataclass
+class PrepareReport:
+    """What `prepare` made. `dropped` iterates as (what, why) and has `counts`."""
+
+    source: str
+    format: str
+    manifests: dict[str, str] = field(default_factory=dict)  # split -> file
+    items: dict[str, int] = field(default_factory=dict)
+    hours: dict[str, float] = field(default_factory=dict)
+    speakers: dict[str, int] = field(default_factory=dict)
+    dropped: Report = field(default_factory=Report)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} ({self.format})"]
+        for split, path in self.manifests.items():
+            who = f", {self.speakers[split]} speakers" if self.speakers[split] else ""
+            lines.append(f"  {split}: {self.items[split]} clips, {self.hours[split]:.2f} h{who} -> {path}")
+        lines.append(f"  dropped: {len(self.dropped)}")
+        lines += [f"    {count:6d}  {why}" for why, count in self.dropped.counts.items()]
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {key: value for key, value in vars(self).items() if key != "dropped"}
+        dropped = [{"what": what, "why": why} for what, why in self.dropped]
+        return {**values, "counts": self.dropped.counts, "dropped": dropped}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a source lists: an utterance and the official split it belongs to, if the release has splits."""
+
+    utterance: Utterance
+    split: str | None = None
+
+
+def prepare(options: PrepareOptions) -> PrepareReport:
+    """Check a source and write manifests (and shards) into `options.out`. Raises DataError when nothing is usable.
+
+    Stopped with Ctrl-C or killed, it continues when it is run again: files checked, clips labelled and shards written
+    are not done again unless they have changed.
+    """
+    source, out = Path(options.source), Path(options.out)
+    if not source.exists():
+        raise DataError(f"no such file or folder: {source}")
+    form = options.format or detect_format(source)
+    if options.kind != "speech" and form not in ("manifest", "table"):
+        form = "folder"
+    report = PrepareReport(str(source), form)
+    listed = list(FORMATS[form](source, options, report.dropped))
+    out.mkdir(parents=True, exist_ok=True)
+    items = _checked(_candidates(listed, options, report.dropped), options, report.dropped)
+    if not items:
+        _write_json(out / REPORT, report.to_dict())
+        raise DataError(f"nothing usable in {source} as {form}: {report.dropped} (all of it in {out / REPORT})")
+    if options.label_with:
+        items = _labelled(items, options)
+    for split, utterances in _split(items, options, form, report.notes).items():
+        if options.shard:
+            utterances = _write_shards(utterances, split, options, report.dropped)
+        path = out / f"{split}.jsonl"
+        write_manifest(path, utterances)
+        report.manifests[split], report.items[split] = str(path), len(utterances)
+        report.hours[split] = sum(u.duration for u in utterances) / 3600
+        report.speakers[split] = len({u.speaker for u in utterances if u.speaker})
+    _write_json(out / REPORT, report.to_dict())
+    return report
+
+
+# ---- sources ------------------------------------------------------------------------------------------------------
+
+
+def detect_format(source: Path) -> str:
+    """Which of FORMATS a file or folder is."""
+    if source.is_file():
+        by_suffix = {".jsonl": "manifest", ".tar": "manifest", ".csv": "table", ".tsv": "table"}
+        if source.suffix.lower() not in by_suffix:
+            raise DataError(f"{source} is neither a folder nor a .jsonl, .tar, .csv or .tsv file")
+        return by_suffix[source.suffix.lower()]
+    if (source / "manifest.jsonl").is_file() or (any(source.glob("*.tar")) and not any(source.glob("*.tsv"))):
+        return "manifest"
+    if _common_voice_folders(source):
+        return "commonvoice"
+    if _fleurs_folders(source):
+        return "fleurs"
+    if (source / "metadata.csv").is_file() and (source / "wavs").is_dir():
+        return "ljspeech"
+    if next(source.rglob("*.trans.txt"), None):
+        return "librispeech"
+    return "folder"
+
+
+def _librispeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with "ID TEXT" lines, and ID.flac beside them."""
+    for transcript in sorted(root.rglob("*.trans.txt")):
+        speaker = transcript.name.split("-")[0]
+        subset = transcript.parent.parent.parent.name
+        official = next((s for s in SPLITS if subset.startswith(s)), None)
+        files = {f.stem: f for f in transcript.parent.iterdir() if f.suffix.lower() in AUDIO_SUFFIXES}
+        for line in _lines(transcript):
+            name, _, text = line.partition(" ")
+            audio = files.get(name, transcript.parent / f"{name}.flac")
+            yield _item(audio, text, options.language or "en", f"libri-{speaker}", subset, official)
+
+
+def _release_folders(root: Path, is_release: Callable[[Path], bool]) -> list[Path]:
+    """The folder itself, or those one or two levels below it (a release of several languages)."""
+    level = [root] if root.is_dir() else []
+    for depth in range(3):
+        found = [folder for folder in level if is_release(folder)]
+        if found or depth == 2:
+            return found
+        level = [Path(entry) for folder in level for entry in sorted(_subfolders(folder))]
+    return []
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:  # a folder of clips may have a million files
+        return [entry.path for entry in entries if entry.is_dir()]
+
+
+def _common_voice_folders(root: Path) -> list[Path]:
+    return _release_folders(
+        root, lambda p: (p / "clips").is_dir() and any((p / f"{n}.tsv").is_file() for n in ("validated", "train"))
+    )
+
+
+def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """train/dev/test.tsv and clips/. What is only in validated.tsv goes to train, but for the speakers of dev and test.
+
+    (The official training split leaves out most validated clips: in a small language that is a large share.)
+    """
+    for folder in _common_voice_folders(root):
+        seen: set[str] = set()
+        held_out: set[str | None] = set()
+        for name in ("test", "dev", "train", "validated"):
+            if not (folder / f"{name}.tsv").is_file():
+                continue
+            here: set[str] = set()
+            for row in _rows(folder / f"{name}.tsv", "\t"):
+                speaker, path = row.get("client_id") or None, row.get("path") or ""
+                here.add(path)
+                if name in ("test", "dev"):
+                    held_out.add(speaker)
+                if path in seen or (name == "validated" and seen and speaker in held_out):
+                    continue
+                audio = folder / "clips" / path
+                if not audio.suffix:
+                    audio = audio.with_name(f"{path}.mp3")
+                language = row.get("locale") or row.get("language") or options.language or folder.name
+                official = name if name != "validated" else ("train" if seen else None)
+                short = f"cv-{speaker[:12]}" if speaker else None
+                yield _item(audio, row.get("sentence"), language, short, f"commonvoice/{language}", official)
+            seen |= here
+
+
+def _fleurs_folders(root: Path) -> list[Path]:
+    return _release_folders(root, lambda p: (p / "audio").is_dir() and any((p / f"{s}.tsv").is_file() for s in SPLITS))
+
+
+FLEURS_LANGUAGES = {"cmn": "zh", "fil": "tl", "nb": "no", "jv": "jw"}  # where its first part is not Whisper's code
+
+
+def _fleurs(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """LANG/{train,dev,test}.tsv (id, file, raw text, ...; no header) and LANG/audio/SPLIT/ or audio/SPLIT.tar.gz."""
+    for folder in _fleurs_folders(root):
+        code = folder.name.split("_")[0]
+        language = FLEURS_LANGUAGES.get(code, code) if "_" in folder.name else (options.language or code)
+        for split in SPLITS:
+            if not (folder / f"{split}.tsv").is_file():
+                continue
+            audio = _fleurs_audio(folder, split, Path(options.out), report)
+            for line in _lines(folder / f"{split}.tsv"):
+                columns = line.split("\t")
+                text = columns[2] if len(columns) > 2 else None
+                file = audio / columns[1] if len(columns) > 1 else folder / f"{split}.tsv"
+                yield _item(file, text, language, None, f"fleurs/{folder.name}", split)
+
+
+def _fleurs_audio(folder: Path, split: str, out: Path, report: Report) -> Path:
+    """The folder of a split's files; unpacked into the output folder where there is only the tar."""
+    plain = folder / "audio" / split
+    tars = [folder / "audio" / f"{split}{suffix}" for suffix in (".tar.gz", ".tgz", ".tar")]
+    archive = next((t for t in tars if t.is_file()), None)
+    if plain.is_dir() or archive is None:
+        return plain
+    target = out / "audio" / folder.name / split
+    if not target.is_dir():
+        temporary = target.with_name(f"{split}.unpacking")
+        temporary.mkdir(parents=True, exist_ok=True)
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    file = tar.extractfile(member) if member.isfile() else None
+                    if file is not None:  # names alone: nothing can be written elsewhere
+                        (temporary / Path(member.name).name).write_bytes(file.read())
+        except (tarfile.TarError, OSError, EOFError) as error:
+            report.add(str(archive), f"damaged tar: {error}")
+        temporary.rename(target)
+    return target
+
+
+def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """metadata.csv (id|text|normalised text) and wavs/ID.wav"""
+    for line in _lines(root / "metadata.csv"):
+        columns = line.split("|")
+        text = columns[-1] if len(columns) > 1 else None
+        yield _item(root / "wavs" / f"{columns[0]}.wav", text, options.language or "en", "ljspeech", "ljspeech")
+
+
+def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """Audio files anywhere below, each with a .txt of the same name beside it; the subfolder is the speaker."""
+    for file in audio_files(root):
+        folder = file.parent.relative_to(root).as_posix()
+        below = None if folder == "." else folder
+        if options.kind != "speech":
+            yield _item(file, None, None, None, below or root.name)
+            continue
+        beside = file.with_suffix(".txt")
+        text = beside.read_text("utf-8-sig", errors="replace") if beside.is_file() else None
+        yield _item(file, text, options.language, below, root.name)
+
+
+def _manifest(source: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """A manifest, a folder with one, or shards."""
+    for u in read_manifest(source, report):
+        text = _clean(u.text)
+        yield Item(replace(u, text=text, language=u.language or options.language))
+
+
+COLUMNS = {
+    "audio": ("audio", "path", "file", "file_name", "filename", "audio_path", "audio_file", "wav", "clip"),
+    "text": ("text", "sentence", "transcript", "transcription", "raw_transcription"),
+    "language": ("language", "lang", "locale"),
+    "speaker": ("speaker", "speaker_id", "client_id", "user", "user_id"),
+    "source": ("source", "dataset", "category"),
+    "start": ("start", "begin", "offset_seconds"),
+    "end": ("end", "stop"),
+    "split": ("split", "subset", "set"),
+}
+
+
+def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+    """A CSV or TSV whose header names its columns (see COLUMNS), or without header: audio, text."""
+    first = next(_lines(source), "")
+    delimiter = "\t" if source.suffix.lower() == ".tsv" else max(",;|\t", key=first.count)
+    header = [name.strip().strip('"').lower() for name in first.split(delimiter)]
+    named = {key: next((n for n in names if n in header), None) for key, names in COLUMNS.items()}
+    if named["audio"] is None:
+        if Path(header[0]).suffix not in AUDIO_SUFFIXES:
+            raise DataError(f"{source}: no column of audio files; name it one of {', '.join(COLUMNS['audio'])}")
+        named = dict.fromkeys(COLUMNS) | {"audio": "0", "text": "1"}
+        header = [str(k) for k in range(len(header))]
+        rows = _rows(source, delimiter, header)
+    else:
+        rows = _rows(source, delimiter)
+    for number, row in enumerate(rows, 1):
+        cell = {key: (row.get(name) or "").strip() or None for key, name in named.items() if name}
+        if not cell.get("audio"):
+            report.add(f"{source}:{number}", "no audio in the row")
+            continue
+        try:
+            start, end = (float(cell[k]) if cell.get(k) else None for k in ("start", "end"))  # type: ignore[arg-type]
+        except ValueError:
+            report.add(f"{source}:{number}", "start or end is not a number of seconds")
+            continue
+        split = {"valid": "dev", "validation": "dev", "val": "dev", "eval": "test"}.get(
+            cell.get("split") or "", cell.get("split")
+        )
+        item = _item(
+            source.parent / str(cell["audio"]),
+            cell.get("text"),
+            cell.get("language") or options.language,
+            cell.get("speaker"),
+            cell.get("source") or source.stem,
+            split if split in SPLITS else None,
+        )
+        yield replace(item, utterance=replace(item.utterance, start=start, end=end))
+
+
+FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[Item]]] = {
+    "librispeech": _librispeech,
+    "commonvoice": _common_voice,
+    "fleurs": _fleurs,
+    "ljspeech": _ljspeech,
+    "folder": _folder,
+    "table": _table,
+    "manifest": _manifest,
+}
+
+
+def _item(
+    audio: Path,
+    text: str | None,
+    language: str | None,
+    speaker: str | None,
+    source: str | None,
+    split: str | None = None,
+) -> Item:
+    u = Utterance(os.path.abspath(audio), _clean(text), language=language, speaker=speaker, source=source)  # noqa: PTH100
+    return Item(u, split)
+
+
+def _clean(text: str | None) -> str | None:
+    """One line, single spaces; None stays None (no text is not an empty text)."""
+    return None if text is None else " ".join(text.split())
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        yield from (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip())
+
+
+def _rows(path: Path, delimiter: str, header: list[str] | None = None) -> Iterator[dict[str, str]]:
+    """Rows of a table as dicts; the header's names in lower case. In a tab-separated file quotes are plain letters."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        csv.field_size_limit(10_000_000)
+        if delimiter == "\t":
+            reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.reader(file, delimiter=delimiter)
+        names = header or [name.strip().lower() for name in next(reader, [])]
+        yield from (dict(zip(names, row)) for row in reader if any(row))
+
+
+# ---- checking -----------------------------------------------------------------------------------------------------
+
+
+def _candidates(items: list[Item], options: PrepareOptions, report: Report) -> list[Item]:
+    """What is worth decoding: with text where text is needed, and listed for the first time."""
+    needs_text = options.kind == "speech" and not options.untranscribed
+    with_text = [bool(i.utterance.text) for i in items]
+    if needs_text and items and not any(with_text) and not options.label_with:
+        raise DataError(f"no text for any of the {len(items)} clips in {options.source}: --untranscribed keeps them so")
+    kept: dict[str, Item] = {}
+    for item, has_text in zip(items, with_text):
+        u = item.utterance
+        if needs_text and not has_text and not (options.label_with and u.text is None):
+            report.add(u.name, "empty text" if u.text is not None else "no text")
+        elif u.name in kept:
+            report.add(f"{u.name} (again)", "listed more than once")
+        else:
+            kept[u.name] = item
+    return list(kept.values())
+
+
+def _checked(items: list[Item], options: PrepareOptions, report: Report) -> list[Item]:
+    """Decode everything that was not decoded before; keep what is sound and of a fit length."""
+    path = Path(options.out) / CHECKED
+    known = {line["key"]: line for line in _read_lines(path)}
+    keys = [_key(item.utterance) for item in items]
+    todo = [(key, item.utterance) for key, item in zip(keys, items) if key not in known]
+    with (
+        path.open("a", encoding="utf-8") as file,
+        tqdm(
+            desc="checking", total=len(items), initial=len(items) - len(todo), unit="clip", disable=_quiet(options)
+        ) as bar,
+    ):
+        for results in _in_processes(_check_chunk, list(_chunks(todo, CHUNK)), options.workers):
+            for key, seconds, why in results:
+                known[key] = {"key": key, "seconds": seconds, "why": why}
+                file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
+            file.flush()  # so that a killed run loses no more than this
+            bar.update(len(results))
+    low, high = options.limits
+    kept = []
+    for key, item in zip(keys, items):
+        seconds, why = known[key]["seconds"], known[key]["why"]
+        if not why and seconds < low:
+            why = f"shorter than {low:g} s: {seconds:.2f} s"
+        if not why and seconds > high + SLACK_SECONDS:
+            why = f"longer than {high:g} s: {seconds:.1f} s"
+        if why:
+            report.add(item.utterance.name, why)
+        else:
+            kept.append(replace(item, utterance=replace(item.utterance, duration=seconds)))
+    return kept
+
+
+def _key(u: Utterance) -> str:
+    """Names a clip as it is now: a file that has changed is another one."""
+    try:
+        stat = os.stat(u.audio)  # noqa: PTH116
+        state = f"{stat.st_size}.{stat.st_mtime_ns}"
+    except OSError:
+        state = "missing"
+    return f"{u.name}|{state}"
+
+
+def _check_chunk(chunk: list[tuple[str, Utterance]]) -> list[tuple[str, float, str]]:
+    return [(key, *_check(u)) for key, u in chunk]
+
+
+def _check(u: Utterance) -> tuple[float, str]:
+    """Decode a clip -> (seconds, why it can't be used or ""). A damaged file counts as unusable."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            audio = decode_audio(u)
+    except DataError as error:
+        return 0.0, str(error)
+    return round(len(audio) / SAMPLE_RATE, 4), ""
+
+
+def _in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int | None) -> Iterator[Any]:
+    """work(job) for each job, in processes, as they finish. Leaving early (Ctrl-C) stops the processes."""
+    count = min(workers or os.cpu_count() or 1, len(jobs))
+    if count <= 1:
+        yield from map(work, jobs)
+        return
+    pool = ProcessPoolExecutor(count, initializer=start_process)
+    futures: list[Future[Any]] = []
+    try:
+        futures = [pool.submit(work, job) for job in jobs]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process died (out of memory?): run again with fewer --workers; what is done is kept"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ---- labelling ----------------------------------------------------------------------------------------------------
+
+
+def _labelled(items: list[Item], options: PrepareOptions) -> list[Item]:
+    """Add teacher_text: what a Whisper hears in the clean clips, greedily, many at a time."""
+    path = Path(options.out) / LABELLED
+    known = {line["key"]: line for line in _read_lines(path) if line["model"] == options.label_with}
+    keys = [_key(item.utterance) for item in items]
+    todo = [(key, item.utterance) for key, item in zip(keys, items) if key not in known]
+    if todo:
+        with (
+            path.open("a", encoding="utf-8") as file,
+            tqdm(
+                desc="labelling", total=len(items), initial=len(items) - len(todo), unit="clip", disable=_quiet(options)
+            ) as bar,
+        ):
+            for batch in _transcripts(todo, options):
+                for key, text, language in batch:
+                    known[key] = {"key": key, "model": options.label_with, "text": text, "language": language}
+                    file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(batch))
+    return [
+        replace(
+            item,
+            utterance=replace(item.utterance, teacher_text=known[key]["text"], teacher_language=known[key]["language"]),
+        )
+        for key, item in zip(keys, items)
+    ]
+
+
+def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> Iterator[list[tuple[str, str, str]]]:
+    """Batches of (key, text, language), clips of one language and of like length together."""
+    import torch
+
+    from dawhisper.checkpoint import load_model
+    from dawhisper.decoding import DecodingOptions, decode
+    from dawhisper.transcribe import mel_batch
+
+    from .targets import whisper_language
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(str(options.label_with), device=device)
+    groups: dict[str | None, list[tuple[str, Utterance]]] = defaultdict(list)
+    for key, u in todo:
+        language = whisper_language(u.language, model.num_languages) if model.is_multilingual else "en"
+        groups[language].append((key, u))
+    for language, group in groups.items():
+        group.sort(key=lambda pair: -pair[1].duration)  # the longest first: memory runs out at once or never
+        for batch in _chunks(group, options.batch_size):
+            clips = [decode_audio(u).astype(np.float32) / 32768 for _, u in batch]
+            mel = mel_batch(model, clips)
+            results = decode(model, mel, DecodingOptions(language=language, without_timestamps=True, temperature=0.0))
+            assert isinstance(results, list)  # one for each row of the batch
+            # a text in a loop is no text: the clip is then learnt from without one
+            yield [
+                (key, "" if r.compression_ratio > LOOPING else r.text.strip(), r.language)
+                for (key, _), r in zip(batch, results)
+            ]
+
+
+# ---- splitting ----------------------------------------------------------------------------------------------------
+
+
+def _wanted_split(options: PrepareOptions, form: str) -> tuple[float, float, float] | None:
+    """The shares asked for; by default speech is split 0.9/0.05/0.05, and noise and ready manifests are not."""
+    if options.split is not None or options.kind != "speech" or form == "manifest":
+        return options.split
+    return 0.9, 0.05, 0.05
+
+
+def _split(items: list[Item], options: PrepareOptions, form: str, notes: list[str]) -> dict[str, list[Utterance]]:
+    """Items -> the manifests, by name: official splits where the release has them, otherwise by speaker."""
+    shares = _wanted_split(options, form)
+    if shares is None:
+        return {ONLY_SPLIT: [item.utterance for item in items]}
+    free = [item.utterance for item in items if item.split is None]
+    official = {item.split for item in items if item.split}
+    if official and options.split is None:
+        notes.append(f"official splits kept: {', '.join(s for s in SPLITS if s in official)}")
+        where = {u.name: "train" for u in free}  # of no official split: training material
+    else:
+        if official:
+            free = [item.utterance for item in items]
+            items = [replace(item, split=None) for item in items]
+            notes.append("official splits replaced by the one asked for")
+        where = assign_splits(free, shares)
+        if len({u.speaker for u in free if u.speaker}) < 3:
+            notes.append("fewer than three speakers known: split by clip, so that a voice may be in two splits")
+    out: dict[str, list[Utterance]] = {name: [] for name in SPLITS}
+    for item in items:
+        out[item.split or where[item.utterance.name]].append(item.utterance)
+    return {name: utterances for name, utterances in out.items() if utterances}
+
+
+def assign_splits(utterances: Sequence[Utterance], shares: tuple[float, float, float]) -> dict[str, str]:
+    """Utterance name -> split. All of a speaker (without three known speakers: of a recording) goes to one split.
+
+    Speakers are taken in the order of a hash of their names until test and dev have their shares of the duration;
+    one that would overfill a split by half is passed over. Depends on the material alone, not on its order.
+    """
+    by_speaker = len({u.speaker for u in utterances if u.speaker}) >= 3
+
+    def group(u: Utterance) -> str:
+        if by_speaker and u.speaker:
+            return u.speaker
+        return os.path.basename(u.audio) if u.offset is None else u.name  # noqa: PTH119
+
+    seconds: dict[str, float] = defaultdict(float)
+    for u in utterances:
+        seconds[group(u)] += u.duration
+    order = sorted(seconds, key=lambda name: blake2b(name.encode(), digest_size=8).digest())
+    total, chosen = sum(seconds.values()), dict.fromkeys(order, "train")
+    for split, share in (("test", shares[2]), ("dev", shares[1])):
+        filled, target = 0.0, share * total
+        for name in order:
+            if chosen[name] == "train" and filled < target and filled + seconds[name] <= 1.5 * target:
+                chosen[name] = split
+                filled += seconds[name]
+        left = [name for name in order if chosen[name] == "train"]
+        if share > 0 and not filled and len(left) > 1:
+            chosen[min(left, key=lambda name: seconds[name])] = split
+    return {u.name: chosen[group(u)] for u in utterances}
+
+
+# ---- shards -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    path: Path
+    utterances: list[Utterance]
+    codec: str
+    bitrate: int
+
+
+def _write_shards(utterances: list[Utterance], split: str, options: PrepareOptions, report: Report) -> list[Utterance]:
+    """Write SPLIT-00000.tar and so on, and SPLIT.shards.jsonl that lists them. -> the utterances in the shards"""
+    out = Path(options.out)
+    jobs = [
+        _ShardJob(out / f"{split}-{k:05d}.tar", chunk, options.shard_codec, options.shard_bitrate)
+        for k, chunk in enumerate(_chunks(utterances, options.shard))
+    ]
+    with tqdm(desc=f"shards of {split}", total=len(jobs), unit="shard", disable=_quiet(options)) as bar:
+        for bad in _in_processes(_write_shard, jobs, options.workers):
+            for what, why in bad:
+                report.add(what, why)
+            bar.update()
+    kept: list[Utterance] = []
+    index = []
+    for job in jobs:
+        inside = read_shard(job.path, report)
+        kept += inside
+        seconds = round(sum(u.duration for u in inside), 2)
+        index.append({"shard": job.path.name, "items": len(inside), "seconds": seconds})
+    write_lines(out / f"{split}.shards.jsonl", (json.dumps(line) for line in index))
+    return kept
+
+
+def _write_shard(job: _ShardJob) -> list[tuple[str, str]]:
+    """Encode and pack one shard under a temporary name, then rename it. -> what could not be read"""
+    made_of = _fingerprint(job)
+    if _shard_fingerprint(job.path) == made_of:
+        return []
+    bad = []
+    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, u in enumerate(job.utterances):
+                try:
+                    audio = decode_audio(u)
+                except DataError as error:
+                    bad.append((u.name, str(error)))
+                    continue
+                line = json.loads(manifest_line(u, Path("/")))
+                line = {key: v for key, v in line.items() if key not in ("audio", "start", "end", "offset", "size")}
+                _add(tar, f"{number:06d}.{job.codec}", encode_audio(audio, job.codec, job.bitrate))
+                _add(tar, f"{number:06d}.json", json.dumps(line, ensure_ascii=False).encode())
+            _add(tar, "fingerprint", made_of.encode())  # last: a shard that has it is whole
+        temporary.replace(job.path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return bad
+
+
+def _fingerprint(job: _ShardJob) -> str:
+    parts = [job.codec, str(job.bitrate), *(json.dumps(asdict(u)) + _key(u) for u in job.utterances)]
+    return blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _shard_fingerprint(path: Path) -> str:
+    """Of what a shard was made; empty when there is no whole shard."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            file = tar.extractfile("fingerprint")
+            return file.read().decode() if file else ""
+    except (OSError, tarfile.TarError, KeyError, EOFError):
+        return ""
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def encode_audio(audio: np.ndarray, codec: str = "opus", bitrate: int = 32000) -> bytes:
+    """int16 [n] at 16 kHz, mono -> the bytes of an Ogg Opus or FLAC file."""
+    import av
+
+    buffer = io.BytesIO()
+    container_format, encoder = {"opus": ("ogg", "libopus"), "flac": ("flac", "flac")}[codec]
+    with av.open(buffer, "w", format=container_format, options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(encoder, rate=SAMPLE_RATE, layout="mono")
+        if codec == "opus":
+            stream.bit_rate = bitrate
+        frame = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file that a killed run may have left with half a line at the end."""
+    if path.is_file():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _quiet(options: PrepareOptions) -> bool | None:
+    return None if options.progress else True  # None: only where there is a terminal

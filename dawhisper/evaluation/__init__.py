@@ -1,0 +1,1 @@
+"""Measuring recognition in noise."""

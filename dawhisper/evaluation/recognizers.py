@@ -1,0 +1,261 @@
+"""Who transcribes in an evaluation: our own models, and openai-whisper, faster-whisper and transformers for comparison.
+
+A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH`, `hf:FOLDER`, or `dynamic:NAME_OR_PATH`,
+which is ours in dynamic int8 on the CPU; with a label of one's own before it where wanted:
+`mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is not ours is imported only when it is asked
+for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dawhisper.audio import N_SAMPLES, pad_or_trim
+from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
+from dawhisper.errors import CheckpointError, OptionError, near_names
+
+PACKAGES = {  # of each back end: what is imported, what is installed
+    "openai": ("whisper", "openai-whisper"),
+    "faster": ("faster_whisper", "faster-whisper"),
+    "hf": ("transformers", "transformers"),
+    "dynamic": ("torch", "torch"),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to evaluate: its label in the results, back end ("" is ours), and name or path."""
+
+    label: str
+    backend: str
+    path: str
+
+    @property
+    def spec(self) -> str:
+        return f"{self.backend}:{self.path}" if self.backend else self.path
+
+    def fingerprint(self) -> str:
+        """Changes when the weights behind a path do, so that old hypotheses are not taken for a new model's."""
+        path = Path(self.path)
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
+        digest = hashlib.blake2b(self.spec.encode(), digest_size=8) if not files else hashlib.blake2b(digest_size=8)
+        digest.update(self.backend.encode())
+        for file in files:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How all models decode: greedily, with beams, or as `transcribe` does with its temperature fallback."""
+
+    beam_size: int | None = None
+    fallback: bool = False
+    dtype: str = "fp32"
+
+
+class Recognizer(Protocol):
+    """Transcribes recordings, float32 [n] each, in one language (None: detect it) -> their texts."""
+
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]: ...
+
+
+def parse_models(names: Sequence[str]) -> list[ModelSpec]:
+    """`LABEL=BACKEND:PATH` of each, with a label made up where there is none. OptionError for what can't be meant."""
+    if not names:
+        raise OptionError("no model to evaluate: give --model NAME_OR_PATH, once or more")
+    parsed = [_parse(name) for name in names]
+    labels = [p.label for p in parsed]
+    specs = [p if labels.count(p.label) == 1 else ModelSpec(p.spec, p.backend, p.path) for p in parsed]
+    for i, spec in enumerate(specs):
+        if spec.label in [other.label for other in specs[:i]]:
+            raise OptionError(f"two models are called {spec.label}: label one of them, as in --model NAME={spec.spec}")
+    return specs
+
+
+def _parse(name: str) -> ModelSpec:
+    label, equals, rest = name.partition("=")
+    if not equals or os.path.exists(name) or set(label) & {"/", "\\", ":"}:  # noqa: PTH110 - any text may come here
+        label, rest = "", name
+    backend, colon, path = rest.partition(":")
+    if not colon or os.path.exists(rest) or len(backend) < 2:  # noqa: PTH110
+        backend, path = "", rest
+    elif backend not in PACKAGES:
+        raise OptionError(
+            f"--model {name}: unknown back end {backend!r}; known: {', '.join(PACKAGES)}{near_names(backend, PACKAGES)}"
+        )
+    if not path:
+        raise OptionError(f"--model {name!r} names no model: give a name or a path")
+    if not label:
+        stem = Path(path).stem if path.endswith((".pt", ".safetensors")) else Path(path).name
+        label = f"{backend}:{stem}" if backend else stem
+    return ModelSpec(label, backend, path)
+
+
+def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
+    """Raise for a model that can't be loaded, before hours are spent on those that stand before it."""
+    for spec in specs:
+        if spec.backend == "openai" and dtype == "bf16":
+            raise OptionError(f"--model {spec.spec}: openai-whisper has no bf16; give --dtype fp16 or fp32")
+        if spec.backend in ("openai", "hf") and dtype == "int8":
+            raise OptionError(f"--model {spec.spec}: {PACKAGES[spec.backend][1]} has no int8; give --dtype fp32")
+        if spec.backend:
+            module, package = PACKAGES[spec.backend]
+            if importlib.util.find_spec(module) is None:
+                raise OptionError(f"--model {spec.spec} needs {package}, which is not installed: pip install {package}")
+            own = spec.path == OWN_MODEL or spec.path.endswith(".safetensors")
+            if own and spec.backend != "dynamic":
+                raise OptionError(f"--model {spec.spec}: {package} can't load {spec.path}; give --model {spec.path}")
+        if (
+            spec.backend in ("", "openai", "dynamic")
+            and spec.path not in available_models()
+            and not Path(spec.path).exists()
+        ):
+            load_model(spec.path)  # raises: it knows what is near
+        if spec.backend == "hf" and not Path(spec.path).is_dir():
+            raise CheckpointError(f"no such folder: {spec.path}; --model hf: takes a folder in transformers' format")
+
+
+def load(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
+    """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
+    if not spec.backend:
+        return Ours(spec, decoding, device, seed)
+    kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace, "dynamic": Dynamic}
+    try:
+        return kinds[spec.backend](spec, decoding, device, seed)
+    except (OSError, RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split()).split(". ")[0]
+        raise CheckpointError(f"{spec.spec} can't be loaded ({reason})") from e
+
+
+class Ours:
+    """A model of `dawhisper.load_model`: OpenAI's and Hugging Face's checkpoints, and dawhisper files."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        self.model = load_model(spec.path, device=device, dtype=decoding.dtype)
+        self.decoding, self.seed = decoding, seed
+
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
+            return [self._transcribe(x, language) for x in audio]
+        from dawhisper.decoding import DecodingOptions, decode
+        from dawhisper.transcribe import mel_batch
+
+        options = DecodingOptions(language=language, without_timestamps=True, beam_size=self.decoding.beam_size)
+        results = decode(self.model, mel_batch(self.model, audio), options)
+        return [r.text for r in results]  # type: ignore[union-attr]
+
+    def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
+        from dawhisper.transcribe import transcribe
+
+        torch.manual_seed(self.seed)  # the fallback samples; an utterance must not hear of those before it
+        options = {} if self.decoding.fallback else {"temperature": 0.0}
+        result = transcribe(self.model, audio, language=language, beam_size=self.decoding.beam_size, **options)
+        return result.text.strip()  # type: ignore[union-attr]  # one recording, one result
+
+
+class Dynamic(Ours):
+    """One of our models with linear layers that compute in int8, on the CPU."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        from dawhisper.tools.quantize import dynamic_int8
+
+        super().__init__(spec, Decoding(decoding.beam_size, decoding.fallback), torch.device("cpu"), seed)
+        self.model = dynamic_int8(self.model)
+
+
+class OpenAI:
+    """openai-whisper itself."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        import whisper
+
+        self.model = whisper.load_model(spec.path, device=device)
+        self.fp16 = decoding.dtype == "fp16"
+        self.decoding, self.seed = decoding, seed
+
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        import whisper
+
+        language = language if self.model.is_multilingual else "en"  # it would try to detect it
+        beams = self.decoding.beam_size
+        if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
+            return [self._transcribe(x, language) for x in audio]
+        n_mels = self.model.dims.n_mels
+        mels = [whisper.log_mel_spectrogram(pad_or_trim(x), n_mels, device=self.model.device) for x in audio]
+        options = whisper.DecodingOptions(language=language, without_timestamps=True, beam_size=beams, fp16=self.fp16)
+        return [r.text for r in whisper.decode(self.model, torch.stack(mels), options)]
+
+    def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
+        torch.manual_seed(self.seed)
+        options: dict[str, Any] = {} if self.decoding.fallback else {"temperature": 0.0}
+        beams = self.decoding.beam_size
+        result = self.model.transcribe(audio, language=language, beam_size=beams, fp16=self.fp16, **options)
+        return str(result["text"]).strip()
+
+
+class Faster:
+    """faster-whisper (CTranslate2), one recording at a time as it is commonly called, without voice detection."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        from faster_whisper import WhisperModel
+
+        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(decoding.dtype, decoding.dtype)
+        threads = torch.get_num_threads()
+        self.model = WhisperModel(spec.path, device.type, device.index or 0, compute_type=kind, cpu_threads=threads)
+        self.decoding = decoding
+
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        return [self._one(x, language) for x in audio]
+
+    def _one(self, audio: np.ndarray, language: str | None) -> str:
+        options: dict[str, Any] = {"beam_size": self.decoding.beam_size or 1}
+        if not self.decoding.fallback:
+            options["temperature"] = 0.0
+            if len(audio) <= N_SAMPLES:  # a window's text as it comes; beyond, it moves on by the timestamps
+                options |= {"without_timestamps": True, "no_speech_threshold": None}
+        segments, _ = self.model.transcribe(audio, language=language, **options)
+        return "".join(segment.text for segment in segments).strip()
+
+
+class HuggingFace:
+    """A Whisper in the format of transformers."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+        self.processor: Any = WhisperProcessor.from_pretrained(spec.path)
+        model: Any = WhisperForConditionalGeneration.from_pretrained(spec.path, dtype=DTYPES[decoding.dtype])
+        self.model = model.to(device).eval()
+        self.options: dict[str, Any] = {"num_beams": decoding.beam_size or 1, "do_sample": False}
+        if decoding.fallback:
+            temperatures = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+            self.options |= {"temperature": temperatures, "compression_ratio_threshold": 2.4, "logprob_threshold": -1.0}
+            self.options |= {"no_speech_threshold": 0.6, "do_sample": True}
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        long = max(map(len, audio)) > N_SAMPLES
+        padding = {"padding": "longest", "truncation": False} if long else {}
+        inputs = self.processor(
+            list(audio), sampling_rate=16000, return_tensors="pt", return_attention_mask=True, **padding
+        ).to(self.model.device, self.model.dtype)
+        options = self.options | {"return_timestamps": long}
+        if self.model.generation_config.is_multilingual:
+            options |= {"language": language, "task": "transcribe"}
+        torch.manual_seed(self.seed)
+        tokens = self.model.generate(inputs.input_features, attention_mask=inputs.attention_mask, **options)
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]

@@ -1,0 +1,355 @@
+"""`dawhisper evaluate`: word errors of several models on the same seeded mixtures, by noise and SNR.
+
+>>> from dawhisper.evaluate import EvaluateOptions, run
+>>> results = run(EvaluateOptions(["test/manifest.jsonl"], models=["base", "mine.safetensors"], noise=["noise/"]))
+
+Hypotheses are appended to OUT/hypotheses*.jsonl as they come; a rerun decodes only what is missing there. Under
+torchrun the batches are dealt out to the ranks; they are the same batches, so the results are those of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from whisper.tokenizer import LANGUAGES
+
+from dawhisper.audio import N_SAMPLES, SAMPLE_RATE
+from dawhisper.decoding import language_code
+from dawhisper.distributed import World
+from dawhisper.errors import DataError, OptionError
+from dawhisper.noise.augment import Mixture, NoiseBank
+from dawhisper.transcribe import mel_batch
+
+from . import metrics
+from . import recognizers as backends
+from . import tables as report
+from .conditions import DEFAULT_KINDS, DEFAULT_SNRS, Condition, Item, Mixer, conditions, read_items, write_wav
+from .gates import GateReading, read_gates, summarize
+from .recognizers import DTYPES, Decoding, ModelSpec, Ours, Recognizer
+from .scores import Hypothesis, Scorer
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to measure, and how.
+
+    manifests: JSON lines with "audio" and "text". models: see `backends`; the first one is the baseline.
+    noise, rirs: folders or manifests of recordings for the kinds real and noise-only, and of room impulse responses.
+    kinds, snrs: see `mixtures`; snrs in dB; no kinds: clean white babble real reverb noise-only, but not
+        real where there is no noise. out: folder of the results.
+    limit: only the first utterances of each manifest (babble is still made of all of them).
+    language: of all utterances; None takes each one's from the manifest; with "auto" the models detect it, and the
+        manifest's is that of the normaliser alone.
+    dtype: fp32, fp16, bf16 or, on a CPU, int8; None is fp16 on a GPU and fp32 elsewhere.
+    device: "auto", "cpu", "cuda", "cuda:N".
+    normalizer: "auto" (English for English, else basic), "english", "basic" or "none".
+    bootstrap_samples: of every interval and test. write_audio: folder for the mixtures, as WAV.
+    gates: measure the gate and attention of dual models too. plots: draw PNGs, if matplotlib is installed.
+    """
+
+    manifests: Sequence[str]
+    models: Sequence[str]
+    noise: Sequence[str] = ()
+    rirs: Sequence[str] = ()
+    kinds: Sequence[str] = ()
+    snrs: Sequence[float] = DEFAULT_SNRS
+    out: str = "evaluation"
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 16
+    beam_size: int | None = None
+    fallback: bool = False
+    language: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    normalizer: str = "auto"
+    bootstrap_samples: int = 10_000
+    write_audio: str | None = None
+    gates: bool = True
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.manifests:
+            raise OptionError("nothing to evaluate on: give a manifest (JSON lines with audio and text)")
+        for name in ("limit", "batch_size", "beam_size", "bootstrap_samples", "seed"):
+            value, least = getattr(self, name), int(name != "seed")
+            if value is not None and value < least:
+                raise OptionError(f"{name} is at least {least}, not {value}")
+        if self.dtype is not None and self.dtype not in (*DTYPES, "int8"):
+            raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}, int8")
+        if self.language not in (None, "auto"):
+            language_code(str(self.language))
+        metrics.normalizer(self.normalizer, None)
+        if not self.kinds:
+            made = [kind for kind in DEFAULT_KINDS if self.noise or kind != "real"]
+            object.__setattr__(self, "kinds", tuple(made))
+
+
+def run(options: EvaluateOptions) -> report.Results | None:
+    """Measure, write the results to `options.out` and return them (on the first rank; None on others).
+
+    Raises a DawhisperError for models, manifests, recordings and options that can't be used, before decoding starts
+    wherever that can be known.
+    """
+    wanted = conditions(options.kinds, options.snrs)
+    models = backends.parse_models(options.models)
+    backends.check_models(models, options.dtype)
+    language = None if options.language in (None, "auto") else language_code(str(options.language))
+    manifests = read_items(options.manifests, language)
+    items = [item for manifest in manifests for item in manifest[: options.limit]]
+    mixer = Mixer(
+        [item for manifest in manifests for item in manifest],
+        options.seed,
+        _bank(options.noise, "--noise", trim_silence=True) if {"real", "noise-only"} & set(options.kinds) else None,
+        _bank(options.rirs, "--rir", trim_silence=False) if "reverb" in options.kinds else None,
+    )
+    mixer.check(options.kinds)
+    scorer = Scorer(items, wanted, options.normalizer, options.bootstrap_samples, options.seed)
+    if not any(scorer.references.values()):
+        raise DataError("no reference has a word left after normalisation: there is nothing to count errors against")
+    world = World.join(options.device)
+    try:
+        if options.write_audio:
+            write_mixtures(Path(options.write_audio), mixer, items[world.rank :: world.size], wanted)
+        hypotheses = [h for spec in models for h in _evaluate(spec, options, mixer, items, wanted, world)]
+    except torch.OutOfMemoryError as e:
+        size = options.batch_size
+        raise OptionError(f"out of memory with batches of {size}: lower --batch-size; what is decoded is kept") from e
+    finally:
+        world.leave()
+    if not world.main:
+        return None
+    results = summarize_all(options, models, scorer, hypotheses, wanted)
+    report.write(results, Path(options.out), options.plots)
+    return results
+
+
+def _bank(sources: Sequence[str], option: str, trim_silence: bool) -> NoiseBank | None:
+    if not sources:
+        return None
+    try:
+        bank = NoiseBank.from_manifest(list(sources), trim_silence=trim_silence)
+    except DataError as e:
+        raise DataError(f"{option}: {e}; name a folder or manifest of audio files") from e
+    for name, _ in bank.skipped[:1]:
+        warnings.warn(f"{option}: unreadable recordings left out: {len(bank.skipped)}, such as {name}", stacklevel=2)
+    return bank
+
+
+def write_mixtures(folder: Path, mixer: Mixer, items: Sequence[Item], wanted: Sequence[Condition]) -> None:
+    """FOLDER/CONDITION/UTTERANCE.wav, to listen to."""
+    for condition in wanted:
+        for item in items:
+            name = item.id.replace("/", "_").replace("#", "_")
+            write_wav(folder / condition.name / f"{name}.wav", mixer(item, condition).audio[0].numpy())
+
+
+def summarize_all(
+    options: EvaluateOptions,
+    models: Sequence[ModelSpec],
+    scorer: Scorer,
+    hypotheses: Sequence[Hypothesis],
+    wanted: Sequence[Condition],
+) -> report.Results:
+    scored = [scorer.score_one(h) for h in hypotheses]
+    by_name = {c.name: c for c in wanted}
+    gates = []
+    for spec in models:
+        readings = [(by_name[h.condition], h.gates) for h in hypotheses if h.model == spec.label and h.gates]
+        if readings:
+            gates.append(summarize(spec.label, readings))
+    return report.Results(
+        options=asdict(options),
+        models={spec.label: spec.spec for spec in models},
+        conditions=list(wanted),
+        scores=scorer.scores(scored),
+        comparisons=scorer.compare(scored),
+        gates=gates,
+        scored=scored,
+    )
+
+
+# ---- one model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch: utterances of one language under one condition, all within a window or one that is longer."""
+
+    condition: Condition
+    items: list[Item]
+    language: str | None
+
+
+def plan(items: Sequence[Item], wanted: Sequence[Condition], detect: bool, batch_size: int) -> list[Work]:
+    """The batches of a model, of utterances of like length. They depend on nothing that is done already.
+
+    detect: the model is not told the language.
+    """
+    work = []
+    groups: dict[tuple[str | None, bool], list[Item]] = {}
+    for item in sorted(items, key=lambda item: (-item.seconds, item.id)):
+        long = item.seconds > N_SAMPLES / SAMPLE_RATE
+        groups.setdefault((_language(item, detect), long), []).append(item)
+    for condition in wanted:
+        for (code, long), group in groups.items():
+            size = 1 if long else batch_size
+            work += [Work(condition, group[i : i + size], code) for i in range(0, len(group), size)]
+    return work
+
+
+def _language(item: Item, detect: bool) -> str | None:
+    """What the model is told; None, to detect it, also for what Whisper has no token for."""
+    code = item.utterance.language
+    return code if code in LANGUAGES and not detect else None
+
+
+def _evaluate(
+    spec: ModelSpec,
+    options: EvaluateOptions,
+    mixer: Mixer,
+    items: Sequence[Item],
+    wanted: Sequence[Condition],
+    world: World,
+) -> list[Hypothesis]:
+    """A model's hypotheses, those of earlier runs included, in the order of the plan; on the first rank alone."""
+    dtype = options.dtype or ("fp16" if world.device.type == "cuda" else "fp32")
+    decoding = Decoding(options.beam_size, options.fallback, dtype)
+    keys = Keys(spec, decoding, options, mixer)
+    done = {h.key: replace(h, model=spec.label) for h in read_hypotheses(Path(options.out))}
+    batches = plan(items, wanted, options.language == "auto", options.batch_size)
+    mine = batches[world.rank :: world.size]
+    missing = [work for work in (_missing(work, keys, done) for work in mine) if work.items]
+    if missing:
+        recognize = backends.load(spec, decoding, world.device, options.seed)
+        recognize([np.zeros(SAMPLE_RATE, np.float32)], "en")  # so that the first batch is not timed with its start-up
+        total = sum(len(work.items) for work in missing)
+        with (
+            Appender(Path(options.out), world) as file,
+            tqdm(total=total, desc=spec.label, unit="utt", disable=not world.main, dynamic_ncols=True) as bar,
+        ):
+            for work, mixtures in _prefetched(missing, mixer):
+                rows = _decode(recognize, spec, work, mixtures, keys, options.gates)
+                file.append(rows)
+                done |= {h.key: h for h in rows}
+                bar.update(len(rows))
+        del recognize
+    shares = world.gather([done[key] for work in mine for key in keys.of(work)])  # the ranks may share no disk
+    done = {h.key: h for share in shares for h in share}
+    return [done[key] for work in batches for key in keys.of(work)] if world.main else []
+
+
+def _missing(work: Work, keys: Keys, done: dict[str, Hypothesis]) -> Work:
+    return replace(work, items=[item for item, key in zip(work.items, keys.of(work)) if key not in done])
+
+
+def _prefetched(works: Sequence[Work], mixer: Mixer) -> Iterator[tuple[Work, list[Mixture]]]:
+    """The mixtures of a batch are made while the one before it is decoded."""
+
+    with ThreadPoolExecutor(4) as pool:
+
+        def start(work: Work) -> list[Future[Mixture]]:
+            return [pool.submit(mixer, item, work.condition) for item in work.items]
+
+        coming = start(works[0])
+        for i, work in enumerate(works):
+            mixtures = [future.result() for future in coming]
+            if i + 1 < len(works):
+                coming = start(works[i + 1])
+            yield work, mixtures
+
+
+def _decode(
+    recognize: Recognizer, spec: ModelSpec, work: Work, mixtures: Sequence[Mixture], keys: Keys, gates: bool
+) -> list[Hypothesis]:
+    audio = [m.audio[0].numpy() for m in mixtures]
+    start = time.perf_counter()
+    texts = recognize(audio, work.language)
+    latency = time.perf_counter() - start
+    readings: Sequence[GateReading | None] = [None] * len(texts)
+    if gates and isinstance(recognize, Ours) and recognize.model.dual and max(map(len, audio)) <= N_SAMPLES:
+        readings = read_gates(recognize.model, mel_batch(recognize.model, audio), texts, mixtures, work.language)
+    return [
+        Hypothesis(
+            key=key,
+            model=spec.label,
+            condition=work.condition.name,
+            utterance=item.id,
+            text=text,
+            seconds=len(x) / SAMPLE_RATE,
+            latency=latency,
+            cost=latency / len(texts),
+            gates=reading,
+        )
+        for item, key, text, x, reading in zip(work.items, keys.of(work), texts, audio, readings)
+    ]
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """What a hypothesis depends on, as a short name: the model's weights, how it decodes, and the mixture."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, options: EvaluateOptions, mixer: Mixer):
+        self.common = [spec.fingerprint(), str(decoding), str(options.gates)]
+        self.detect = options.language == "auto"
+        self.sources = {kind: mixer.signature(kind) for kind in options.kinds}
+
+    def of(self, work: Work) -> list[str]:
+        return [self._one(item, work.condition) for item in work.items]
+
+    def _one(self, item: Item, condition: Condition) -> str:
+        size = Path(item.utterance.audio).stat().st_size  # another recording under the same name
+        parts = [*self.common, str(_language(item, self.detect)), item.id, str(size), condition.name]
+        return _digest([*parts, self.sources[condition.kind]])
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=10).hexdigest()
+
+
+def read_hypotheses(folder: Path) -> list[Hypothesis]:
+    """All that earlier runs left in the folder; a line that was cut off is skipped."""
+    found = []
+    for path in sorted(folder.glob("hypotheses*.jsonl")):
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                row: dict[str, Any] = json.loads(line)
+                gates = row.pop("gates")
+                found.append(Hypothesis(**row, gates=GateReading(**gates) if gates else None))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+    return found
+
+
+class Appender:
+    """Appends hypotheses to this rank's file, each batch at once on the disk."""
+
+    def __init__(self, folder: Path, world: World):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / ("hypotheses.jsonl" if world.size == 1 else f"hypotheses.{world.rank}.jsonl")
+
+    def __enter__(self) -> Appender:
+        self.file = self.path.open("a", encoding="utf-8")
+        if self.file.tell():
+            self.file.write("\n")  # closes a line that was cut off; empty lines are skipped
+        return self
+
+    def append(self, rows: Sequence[Hypothesis]) -> None:
+        self.file.writelines(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in rows)
+        self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

@@ -1,0 +1,1 @@
+"""Stored forms of a model."""

@@ -1,0 +1,1 @@
+"""Noise: made, mixed in, augmented with."""

@@ -1,0 +1,1 @@
+"""Serving: HTTP, live audio, the page."""

@@ -1,0 +1,474 @@
+"""Live audio in small pieces -> words as soon as they are stable, and final segments.
+
+A buffer of the last seconds is decoded again each time a step of new audio has come. Words that are final are the
+forced prefix of that decoding, and the text that has left the buffer is its prompt: so no word at a border is lost or
+said twice. Which new words are final is decided by
+
+- "attention": the cross-attention's path through the text (see timing.py) ends them `margin` seconds before the end of
+  the audio (the last word: twice that), after AlignAtt (Papi et al., arXiv:2305.11408), or
+- "agreement": two decodings in a row begin with them, LocalAgreement-2 (Liu et al., arXiv:2005.11185; in Whisper:
+  Macháček et al., arXiv:2307.14743).
+
+Times are in seconds from the stream's beginning. Memory does not grow with the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from whisper.audio import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
+from whisper.timing import WordTiming, merge_punctuations
+
+from dawhisper import vad
+from dawhisper.audio import log_mel_spectrogram, pad_or_trim
+from dawhisper.checkpoint import load_model
+from dawhisper.decoding import DecodingOptions, DecodingResult, decode_windows, language_code, model_tokenizer
+from dawhisper.errors import AudioError, OptionError
+from dawhisper.model import AudioFeatures, Whisper
+from dawhisper.timing import SENTENCE_END, Word, find_alignment, token_gates
+from dawhisper.transcribe import (
+    Segment,
+    TranscribeOptions,
+    Window,
+    encode_window,
+    is_silence,
+    needs_fallback,
+    printable,
+)
+from dawhisper.transcribe_files import usable_language
+
+CONTEXT = 64  # tokens of earlier text that prompt the decoder
+SHORTEST = 0.5  # seconds of audio that are worth decoding
+PIECE = 5.0  # seconds taken in at once, so that the buffer never outgrows the encoder's window
+LONGEST_SEGMENT = 30.0
+MIC_PIECE = 0.1  # seconds
+MIC_BACKLOG = 60.0  # seconds that a microphone may be ahead of the model
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How to listen.
+
+    language: code or English name; None detects it until the first word is final. task: as of DecodingOptions.
+    initial_prompt: text before the first word. policy, margin: see the module.
+    step: seconds of new audio between two decodings. silence: seconds of pause that end a turn.
+    longest: seconds of audio that are decoded again; what is before them is final. gates: words carry the gate.
+    """
+
+    language: str | None = None
+    task: str = "transcribe"
+    initial_prompt: str | None = None
+    policy: str = "attention"
+    step: float = 1.0
+    margin: float = 0.5
+    silence: float = 0.8
+    longest: float = 15.0
+    gates: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("attention", "agreement"):
+            raise OptionError(f"policy is attention or agreement, not {self.policy!r}")
+        if self.task not in ("transcribe", "translate"):
+            raise OptionError(f"task is transcribe or translate, not {self.task!r}")
+        for name, low, high in (("step", 0.1, 5), ("margin", 0, 5), ("silence", 0.2, 5), ("longest", 5, 20)):
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(f"{name} lies between {low} and {high} seconds, not {getattr(self, name)}")
+        if self.language is not None:
+            language_code(self.language)
+
+
+@dataclass(frozen=True)
+class LiveWord(Word):
+    """A word with its tokens, and the decoder's mean gate over them (None without second branch)."""
+
+    tokens: tuple[int, ...] = ()
+    gate: float | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a piece of audio brought: words that are final now, the text after them that is not, closed segments."""
+
+    words: list[LiveWord] = field(default_factory=list)
+    pending: str = ""
+    segments: list[Segment] = field(default_factory=list)
+    end_of_turn: bool = False
+
+    def __add__(self, later: Update) -> Update:
+        words, segments = self.words + later.words, self.segments + later.segments
+        return Update(words, later.pending, segments, self.end_of_turn or later.end_of_turn)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """The words decoded after the final ones, and the window's result."""
+
+    words: list[LiveWord]
+    result: DecodingResult
+
+
+class Stream:
+    """One live recording. `feed` pieces of 16 kHz mono float samples, `finish` at the end."""
+
+    def __init__(self, model: Whisper, options: StreamOptions | None = None):
+        self.model, self.options = model, options or StreamOptions()
+        self.language = "en" if not model.is_multilingual else self.options.language
+        # text of a wrong hypothesis is final for ever, so an unlikely one waits for more audio instead
+        self.thresholds = TranscribeOptions()
+        self.buffer = np.zeros(0, np.float32)
+        self.start = 0  # samples before the buffer
+        self.fresh = 0  # samples at the buffer's end that were not decoded yet
+        self.final: list[LiveWord] = []  # words spoken in the buffer
+        self.context: list[int] = []  # tokens before the buffer
+        if self.options.initial_prompt:
+            tokenizer = model_tokenizer(model, self.language)
+            self.context = tokenizer.encode(" " + self.options.initial_prompt.strip())[-CONTEXT:]
+        self.previous: list[LiveWord] = []  # the last hypothesis
+        self.open: list[LiveWord] = []  # words of the segment that is not closed
+        self.closed = 0  # segments
+
+    @property
+    def now(self) -> float:
+        """Seconds heard."""
+        return (self.start + len(self.buffer)) / SAMPLE_RATE
+
+    def feed(self, samples: np.ndarray) -> Update:
+        """Take in samples [n], of any number; decodes when a step of new audio has come."""
+        update = Update(pending=text_of(self.previous))
+        for first in range(0, len(samples), round(PIECE * SAMPLE_RATE)):
+            piece = samples[first : first + round(PIECE * SAMPLE_RATE)]
+            self.buffer = np.concatenate([self.buffer, piece.astype(np.float32)])
+            self.fresh += len(piece)
+            if self.fresh >= self.options.step * SAMPLE_RATE:
+                update += self._listen()
+        return update
+
+    def finish(self) -> Update:
+        """The rest of the words; the stream can be fed on afterwards."""
+        if len(self.buffer) < SHORTEST * SAMPLE_RATE and not self.final:
+            self._forget(len(self.buffer))
+            return Update(segments=self._close(), end_of_turn=True)
+        return self._end_turn(self._decode())
+
+    def _listen(self) -> Update:
+        paused = not self._speaks(self.options.silence)
+        if paused and not self.final and not self.previous and not self._speaks(self.options.longest + PIECE):
+            self._forget(len(self.buffer) - round(SHORTEST * SAMPLE_RATE))  # a word's soft beginning may be in it
+            self.fresh = 0
+            return Update()
+        hypothesis = self._decode()
+        if paused:
+            return self._end_turn(hypothesis)
+        update = self._commit(hypothesis, self._stable(hypothesis))
+        if len(self.buffer) > self.options.longest * SAMPLE_RATE:
+            update += self._shorten()
+        return replace(update, pending=text_of(self.previous))
+
+    def _speaks(self, seconds: float) -> bool:
+        """Whether somebody speaks in the last seconds (5 ms of work for 1 s, 30 ms for 15 s)."""
+        n = round(seconds * SAMPLE_RATE)
+        speech = vad.detector()(self.buffer[-(n + vad.CONTEXT) :])
+        return bool((speech[-(n // vad.FRAME) :] >= vad.THRESHOLD).any())
+
+    def _decode(self) -> Hypothesis:
+        """Decode what follows the final words of the buffer."""
+        self.fresh = 0
+        model, n = self.model, len(self.buffer)
+        mel = log_mel_spectrogram(pad_or_trim(self.buffer, max(n, SAMPLE_RATE)), model.dims.n_mels, device=model.device)
+        features = encode_window(model, mel, Window(0, min(N_FRAMES, mel.shape[-1])))
+        prefix = [token for word in self.final for token in word.tokens]
+        options = DecodingOptions(
+            task=self.options.task,
+            language=self.language,
+            prompt=self.context,
+            prefix=prefix,
+            without_timestamps=True,
+            suppress_blank=not prefix,  # that rule demands a word, but there may be no further one
+        )
+        result = decode_windows(model, features, options)[0]
+        return Hypothesis(self._timed(prefix, result, features), result)
+
+    def _timed(self, prefix: list[int], result: DecodingResult, features: AudioFeatures) -> list[LiveWord]:
+        """The words after the prefix with their times, their gates and their tokens."""
+        tokenizer = model_tokenizer(self.model, result.language, self.options.task)
+        tokens = prefix + [token for token in result.tokens if token < tokenizer.eot]
+        frames = min(N_FRAMES, len(self.buffer) // HOP_LENGTH)
+        new: list[WordTiming] = []
+        taken = 0
+        for timing in find_alignment(self.model, tokenizer, tokens, features, frames):
+            old = len(prefix) - taken  # tokens that are final already
+            taken += len(timing.tokens)
+            if old > 0:
+                timing.tokens = timing.tokens[old:]
+                timing.word = tokenizer.decode(timing.tokens)
+            if timing.tokens:
+                new.append(timing)
+        merge_punctuations(new, self.thresholds.prepend_punctuations, self.thresholds.append_punctuations)
+        gates = token_gates(self.model, tokenizer, tokens, features)[len(prefix) :] if self.options.gates else []
+        origin, at, words = self.start / SAMPLE_RATE, 0, []
+        for timing in new:
+            if not timing.tokens:
+                continue
+            own = gates[at : at + len(timing.tokens)]
+            at += len(timing.tokens)
+            times = round(origin + timing.start, 2), round(origin + timing.end, 2)
+            gate = round(sum(own) / len(own), 3) if own else None
+            words.append(LiveWord(timing.word, *times, float(timing.probability), tuple(timing.tokens), gate))
+        return words
+
+    def _stable(self, hypothesis: Hypothesis) -> int:
+        """How many of the hypothesis' words are final."""
+        words, before = hypothesis.words, self.previous
+        if self._is_doubtful(hypothesis):
+            return 0
+        if self.options.policy == "attention":
+            until = self.now - self.options.margin
+            n = next((i for i, word in enumerate(words) if word.end > until), len(words))
+            # the last word may be a part of a longer one: more must be heard after it
+            return n - 1 if words and n == len(words) and words[-1].end > until - self.options.margin else n
+        same = [a.word == b.word for a, b in zip(words, before)]
+        return same.index(False) if False in same else len(same)
+
+    def _is_doubtful(self, hypothesis: Hypothesis) -> bool:
+        """Whether the text repeats itself, is unlikely, or stands for silence."""
+        result = hypothesis.result
+        if needs_fallback(self.model, result, self.thresholds):
+            return True
+        return not self.final and is_silence(self.model, result, self.thresholds)
+
+    def _commit(self, hypothesis: Hypothesis, n: int) -> Update:
+        """Make the first n words final."""
+        words = hypothesis.words[:n]
+        self.previous = hypothesis.words[n:]
+        self.final += words
+        if words and self.language is None:
+            self.language = hypothesis.result.language
+        segments: list[Segment] = []
+        for word in words:
+            self.open.append(word)
+            if word.word.rstrip("\"'”)")[-1:] in tuple(SENTENCE_END) or word.end - self.open[0].start > LONGEST_SEGMENT:
+                segments += self._close(hypothesis.result)
+        return Update(words, segments=segments)
+
+    def _end_turn(self, hypothesis: Hypothesis) -> Update:
+        n = 0 if self._is_doubtful(hypothesis) else len(hypothesis.words)
+        update = self._commit(hypothesis, n)
+        self._remember(self.final)
+        self.final, self.previous = [], []
+        self._forget(len(self.buffer))
+        return update + Update(segments=self._close(hypothesis.result), end_of_turn=True)
+
+    def _close(self, result: DecodingResult | None = None) -> list[Segment]:
+        """The open words as a segment; its probabilities are those of the last decoding."""
+        words, self.open = self.open, []
+        if not words:
+            return []
+        self.closed += 1
+        nan = float("nan")
+        return [
+            Segment(
+                id=self.closed - 1,
+                seek=round(words[0].start * SAMPLE_RATE / HOP_LENGTH),
+                start=words[0].start,
+                end=words[-1].end,
+                text=text_of(words),
+                tokens=[token for word in words for token in word.tokens],
+                temperature=0.0,
+                avg_logprob=result.avg_logprob if result else nan,
+                compression_ratio=result.compression_ratio if result else nan,
+                no_speech_prob=result.no_speech_prob if result else nan,
+                words=list(words),
+            )
+        ]
+
+    def _shorten(self) -> Update:
+        """Let go of the audio before the latest sentence within the final words, or before their longest pause."""
+        after = range(len(self.final) - 1)
+        ends = [i for i in after if self.final[i].word[-1:] in tuple(SENTENCE_END)]
+        if not len(after):
+            return self._give_up()
+        last = ends[-1] if ends else max(after, key=lambda i: self.final[i + 1].start - self.final[i].end)
+        if not ends and len(self.buffer) > 1.2 * self.options.longest * SAMPLE_RATE:
+            last = max(last, (len(self.final) - 1) // 2)
+        before, behind = self.final[last], self.final[last + 1]
+        self._remember(self.final[: last + 1])
+        self.final = self.final[last + 1 :]
+        # word times are a little off: the quietest moment around the border belongs to neither word
+        first, end = (round((w.start + w.end) / 2 * SAMPLE_RATE) - self.start for w in (before, behind))
+        frames = (end - first) // vad.FRAME
+        if frames > 0:
+            levels = vad.loudness(self.buffer[first : first + frames * vad.FRAME])
+            end = first + vad.FRAME * int(levels.argmin()) + vad.FRAME // 2
+        self._forget(end)
+        return Update()
+
+    def _give_up(self) -> Update:
+        """No word of a long buffer is final: nobody speaks, or the text can't be trusted. Keep its second half."""
+        if len(self.buffer) <= (self.options.longest + PIECE) * SAMPLE_RATE:
+            return Update()
+        self._remember(self.final)
+        self.final, self.previous = [], []
+        self._forget(len(self.buffer) // 2)
+        return Update()
+
+    def _remember(self, words: list[LiveWord]) -> None:
+        said = [token for word in words for token in word.tokens]
+        self.context = (self.context + said)[-CONTEXT:]
+
+    def _forget(self, samples: int) -> None:
+        """Drop the buffer's first samples."""
+        samples = max(0, samples)
+        self.start += samples
+        self.buffer = self.buffer[samples:].copy()
+
+
+def text_of(words: list[LiveWord]) -> str:
+    return "".join(word.word for word in words)
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+def read_pcm(source: BinaryIO, seconds: float) -> Iterator[np.ndarray]:
+    """s16le 16 kHz mono from a pipe -> float samples, up to `seconds` of them at once, as they come."""
+    rest = b""
+    read = getattr(source, "read1", source.read)
+    while data := read(round(seconds * SAMPLE_RATE) * 2):
+        data = rest + data
+        even = len(data) // 2 * 2
+        rest = data[even:]
+        if even:
+            yield pcm_samples(data[:even])
+
+
+def pcm_samples(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, "<i2").astype(np.float32) / 32768
+
+
+def read_microphone(device: str | None = None) -> Iterator[np.ndarray]:
+    """Samples of the microphone, as many as there are each time, until Ctrl-C. AudioError where there is none."""
+    try:
+        import sounddevice
+    except (ImportError, OSError) as e:  # OSError: PortAudio itself is missing
+        raise OptionError(
+            f"the microphone needs sounddevice and PortAudio ({e}): pip install 'dawhisper[stream]', on Linux also "
+            "apt-get install libportaudio2; or pipe s16le 16 kHz mono samples in and give --input -"
+        ) from None
+    return _record(sounddevice, device)
+
+
+def _record(sounddevice: Any, device: str | None) -> Iterator[np.ndarray]:
+    pieces: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    ended = threading.Event()
+    error: str | None = "the microphone has stopped; is it still plugged in?"
+
+    def heard(data: np.ndarray, *_: Any) -> None:  # in a thread of PortAudio's
+        nonlocal error
+        if pieces.qsize() >= MIC_BACKLOG / MIC_PIECE:
+            error = f"the model is {MIC_BACKLOG:g} s behind the microphone; use a smaller model or a longer --step"
+            raise sounddevice.CallbackAbort
+        pieces.put(data[:, 0].copy())
+
+    def end() -> None:
+        ended.set()
+        pieces.put(np.zeros(0, np.float32))  # wakes who waits
+
+    def interrupted(*_: Any) -> None:  # what was said before Ctrl-C still becomes text; a second one interrupts that
+        nonlocal error
+        error = None
+        signal.signal(signal.SIGINT, before)
+        end()
+
+    def start() -> Any:
+        try:
+            opened = sounddevice.InputStream(
+                SAMPLE_RATE,
+                round(MIC_PIECE * SAMPLE_RATE),
+                int(device) if device and device.isdigit() else device,
+                channels=1,
+                callback=heard,
+                finished_callback=end,
+            )
+            opened.start()
+        except (sounddevice.PortAudioError, ValueError) as e:
+            raise AudioError(f"can't record from the microphone: {e}; name another with --input_device") from None
+        return opened
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        with contextlib.closing(start()):
+            while not (ended.is_set() and pieces.empty()):
+                taken = [pieces.get()]
+                while not pieces.empty():
+                    taken.append(pieces.get())
+                yield np.concatenate(taken)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if error:
+        raise AudioError(error)
+
+
+def stream(
+    model_name: str,
+    *,
+    source: str,
+    input_device: str | None,
+    device: str | None,
+    threads: int,
+    as_json: bool,
+    options: StreamOptions,
+) -> None:
+    """`dawhisper stream`: print what is heard, by segment or as JSON lines, until the source ends or on Ctrl-C."""
+    if threads:
+        torch.set_num_threads(threads)
+    if source not in ("-", "mic"):
+        raise OptionError(f"--input is mic or - (standard input), not {source!r}; for files: dawhisper transcribe")
+    pieces = read_microphone(input_device) if source == "mic" else read_pcm(sys.stdin.buffer, options.step)
+    model = load_model(model_name, device)
+    options = replace(options, language=usable_language(model, model_name, options.language))
+    heard = Stream(model, options)
+    if source == "mic":
+        print("Listening; Ctrl-C ends it.", file=sys.stderr)
+    try:
+        for piece in pieces:
+            show(heard.feed(piece), as_json)
+    except KeyboardInterrupt:
+        pass
+    finally:  # a microphone that fails takes no words with it
+        show(heard.finish(), as_json)
+
+
+def show(update: Update, as_json: bool) -> None:
+    if as_json:
+        if update.words or update.segments or update.end_of_turn:
+            print(json.dumps(as_dict(update), ensure_ascii=False), flush=True)
+        return
+    for segment in update.segments:
+        print(printable(segment), flush=True)
+
+
+def as_dict(update: Update) -> dict[str, Any]:
+    """For JSON: words with their times, and segments without their tokens."""
+
+    def word(w: Word) -> dict[str, Any]:
+        return {k: v for k, v in asdict(w).items() if k != "tokens" and v is not None}
+
+    return {
+        "words": [word(w) for w in update.words],
+        "pending": update.pending,
+        "segments": [
+            {"id": s.id, "start": s.start, "end": s.end, "text": s.text, "words": [word(w) for w in s.words or []]}
+            for s in update.segments
+        ],
+        "end_of_turn": update.end_of_turn,
+    }

@@ -1,0 +1,209 @@
+"""A model in int8, and what that costs: `dawhisper quantize`.
+
+Two kinds. Weight-only: the file of `save_model(dtype="int8")`, one scale a row, computed in floating point after
+loading. Dynamic: linear layers whose products run in int8 on a CPU, their inputs quantised as they come (torch's
+dynamic quantisation, one scale an output channel).
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
+from dawhisper.checkpoint import OWN_MODEL, load_model, read_config, save_model
+from dawhisper.decoding import DecodingOptions, decode_windows, initial_tokens, model_tokenizer
+from dawhisper.errors import OptionError
+from dawhisper.model import Whisper
+from dawhisper.transcribe_files import writable_folder
+
+WORST = 8  # layers named in the report; the CSV has all
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to quantise and to measure.
+
+    out: the int8 file (.safetensors); OUT.layers.csv beside it has the errors by layer where there is `audio`.
+    audio: recordings (their first 30 s) on which the layers' outputs are compared.
+    manifests, noise, kinds, snrs, limit: as of `dawhisper evaluate`: word errors before and after, in OUT.evaluation.
+    """
+
+    model: str
+    out: str
+    audio: Sequence[str] = ()
+    manifests: Sequence[str] = ()
+    noise: Sequence[str] = ()
+    kinds: Sequence[str] = ()
+    snrs: Sequence[float] = ()
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".safetensors"):
+            raise OptionError(f"--out names the int8 file, such as model.int8.safetensors, not {self.out!r}")
+        if (self.noise or self.kinds or self.snrs) and not self.manifests:
+            raise OptionError("word errors in noise need speech with text: give --manifest")
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative errors (norm of the difference over the norm) of one layer.
+
+    weight: of the weights as stored; output: of what the layer gives for the exact model's inputs, with these weights;
+    dynamic: the same of its dynamically quantised twin, NaN where it has none.
+    """
+
+    layer: str
+    weight: float
+    output: float
+    dynamic: float
+
+
+def run(options: QuantizeOptions) -> str:
+    """Write the file and what was asked to be measured; returns the report. DawhisperError for bad input."""
+    out = Path(options.out)
+    writable_folder(out.parent)
+    audio = [load_audio(path) for path in options.audio]
+    model = load_model(options.model, device="cpu", dtype="fp32")
+    save_model(model, out, dtype="int8", **origin(options.model))
+    lines = [f"{out}: {out.stat().st_size / 1e6:.1f} MB, in fp32 {_megabytes(model):.1f} MB"]
+    if audio:
+        mel = torch.stack([log_mel_spectrogram(pad_or_trim(x), model.dims.n_mels) for x in audio])
+        errors = layer_errors(model, load_model(out, device="cpu", dtype="fp32"), dynamic_int8(model), mel)
+        table = out.with_suffix(".layers.csv")
+        write_errors(errors, table)
+        lines += [describe(errors), f"all layers: {table}"]
+    if options.manifests:
+        lines.append(measure(options, out))
+    return "\n".join(lines)
+
+
+def origin(model: str) -> dict[str, Any]:
+    """Where a model comes from, as `save_model` takes it: what its file says, or its name."""
+    if model != OWN_MODEL and not (model.endswith(".safetensors") and Path(model).is_file()):
+        return {"base_model": model}
+    config = read_config(model)
+    return {key: config[key] for key in ("base_model", "recipe")}
+
+
+def _megabytes(model: Whisper) -> float:
+    return sum(x.numel() * x.element_size() for x in model.state_dict().values()) / 1e6
+
+
+def dynamic_int8(model: Whisper) -> Whisper:
+    """A copy whose linear layers compute in int8 on the CPU; the encoder's convolutions and the embedding stay."""
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it works, and has no successor within torch
+        return quantize_dynamic(copy.deepcopy(model), {nn.Linear: per_channel_dynamic_qconfig})
+
+
+# ---- errors by layer ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def layer_errors(exact: Whisper, stored: Whisper, dynamic: Whisper, mel: Tensor) -> list[LayerError]:
+    """Errors of every layer with quantised weights, in the order of the model. mel [B, n_mels, 3000].
+
+    Each layer of the exact model hands its input to its twins as well, so that an error is the layer's own and does
+    not come from those before it. The text is what the exact model hears.
+    """
+    pairs = {name: m for name, m in exact.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
+    twins = [dict(model.named_modules()) for model in (stored, dynamic)]
+    squares = {name: torch.zeros(3, dtype=torch.float64) for name in pairs}  # of the output, and of two differences
+
+    def compare(name: str) -> object:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            differences = [twin[name](*inputs) - output for twin in twins]
+            squares[name] += torch.stack([x.double().square().sum() for x in (output, *differences)])
+
+        return pairs[name].register_forward_hook(hook)
+
+    tokens = heard_tokens(exact, mel)
+    handles = [compare(name) for name in pairs]
+    try:
+        exact(mel, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+    errors = []
+    for name, layer in pairs.items():
+        whole, output, dynamic_output = squares[name].tolist()
+        weight = relative(twins[0][name].weight, layer.weight)  # type: ignore[arg-type]
+        inner = (dynamic_output / whole) ** 0.5 if isinstance(layer, nn.Linear) and whole else float("nan")
+        errors.append(LayerError(name, weight, (output / whole) ** 0.5 if whole else 0.0, inner))
+    return errors
+
+
+def relative(approximate: Tensor, exact: Tensor) -> float:
+    return float((approximate - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def heard_tokens(model: Whisper, mel: Tensor) -> Tensor:
+    """Prompt and text [B, n] that the model hears greedily, filled up with <|endoftext|>."""
+    options = DecodingOptions(without_timestamps=True)
+    rows = []
+    for result in decode_windows(model, model.encode(mel), options):
+        tokenizer = model_tokenizer(model, result.language, "transcribe")
+        rows.append(initial_tokens(model, tokenizer, options) + result.tokens)
+    n = max(map(len, rows))
+    return torch.tensor([row + [tokenizer.eot] * (n - len(row)) for row in rows])
+
+
+def describe(errors: Sequence[LayerError]) -> str:
+    """The mean, and the layers whose outputs suffer most."""
+    worst = sorted(errors, key=lambda e: -e.output)[:WORST]
+    rows: list[tuple[str, ...]] = [("layer", "weights", "outputs", "outputs, dynamic")]
+    mean = [sum(x) / len(x) for x in zip(*((e.weight, e.output) for e in errors))]
+    inner = [e.dynamic for e in errors if e.dynamic == e.dynamic]
+    rows.append(("mean", *(f"{100 * x:.2f}%" for x in (*mean, sum(inner) / len(inner)))))
+    rows += [(e.layer, *(f"{100 * x:.2f}%" for x in (e.weight, e.output, e.dynamic))) for e in worst]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "relative errors; the layers with the largest ones:\n" + "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+def write_errors(errors: Sequence[LayerError], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["layer", "weight", "output", "dynamic"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(error) for error in errors)
+
+
+# ---- word errors --------------------------------------------------------------------------------------------------
+
+
+def measure(options: QuantizeOptions, out: Path) -> str:
+    """Word errors in noise of the model, of the int8 file, and of dynamic int8: `dawhisper evaluate` of the three."""
+    try:
+        from dawhisper.evaluation import run as evaluate
+    except ModuleNotFoundError as e:
+        raise OptionError(f"word errors need {e.name}: pip install 'dawhisper[evaluate]'") from e
+
+    folder = out.with_suffix(".evaluation")
+    models = [f"float={options.model}", f"int8={out}", f"dynamic=dynamic:{options.model}"]
+    chosen = {"snrs": options.snrs} if options.snrs else {}
+    evaluate.run(
+        evaluate.EvaluateOptions(
+            manifests=options.manifests,
+            models=models,
+            noise=options.noise,
+            kinds=options.kinds,
+            limit=options.limit,
+            out=str(folder),
+            device="cpu",
+            plots=False,
+            **chosen,  # type: ignore[arg-type]
+        )
+    )
+    return f"word errors: {folder}"

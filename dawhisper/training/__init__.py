@@ -1,0 +1,1 @@
+"""What train.py, the loop, is made of."""

@@ -1,0 +1,81 @@
+"""Training on small made data: manifests, `train.py` with few steps, and what it logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from helpers.sound import write_wav
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def write_clips(folder: Path, count: int, seed: int) -> Path:
+    """Clips of one to two seconds: a gliding tone in bursts, as unlike silence as speech is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(count):
+        t = np.arange(int(16000 * rng.uniform(1.0, 1.9))) / 16000
+        tone = np.sin(2 * np.pi * (150 + 100 * rng.random() * t) * t) * (np.sin(2 * np.pi * 3 * t) > -0.3)
+        write_wav(folder / f"{i}.wav", 0.3 * tone + 0.01 * rng.standard_normal(len(t)))
+        text = " ".join(rng.choice(WORDS, 3))
+        line = {"audio": f"{i}.wav", "duration": len(t) / 16000, "text": text, "language": "en", "speaker": str(i)}
+        lines.append(json.dumps(line))
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
+
+
+def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
+    return [
+        str(ROOT / "configs/everything.yaml"),
+        f"model.name={world['model']}",
+        f"data.train={world['train']}",
+        f"data.noise={world['noise']}",
+        f"out={out}",
+        "device=cpu",
+        "data.workers=0",
+        "data.batch_size=4",
+        "data.targets.prompt=0",
+        "loop.steps=4",
+        "loop.log_every=1",
+        "loop.save_every=100",
+        "optim.warmup=2",
+        "optim.lr=1e-3",
+        "optim.lr_new=1e-3",
+        "evaluate.max_tokens=5",
+        "evaluate.kinds=white",
+        *overrides,
+    ]
+
+
+def command(world: dict[str, Path], out: Path, *overrides: str, processes: int = 0) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    return [sys.executable, *launch, str(ROOT / "train.py"), *arguments(world, out, *overrides)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def records(out: Path, key: str = "loss") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def curve(out: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in records(out, key)]
+
+
+def run(world: dict[str, Path], out: Path, *overrides: str) -> list[float]:
+    assert train.main(arguments(world, out, *overrides)) == 0
+    return curve(out)

@@ -1,0 +1,579 @@
+"""The server: OpenAI's client against it, requests together, limits, bad requests, live audio, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import json
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from helpers.models import pair, talkative, trained
+from helpers.server import Running, running, start, wav
+from starlette.types import Message, Receive, Scope, Send
+from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import ClientConnection, connect
+
+import dawhisper
+from dawhisper.audio import load_audio
+from dawhisper.errors import OptionError
+from dawhisper.serve.app import Guard, Metrics, ServerOptions, load_models
+from dawhisper.serve.worker import Clip, Engine, transcribe_together
+from dawhisper.transcribe import TranscribeOptions, transcribe
+
+SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
+PATH = "/v1/audio/transcriptions"
+
+
+def sound(seed: int, seconds: float = 2.0) -> np.ndarray:
+    """Different for each seed, so that a mix-up shows."""
+    generator = np.random.default_rng(seed)
+    t = np.arange(int(16000 * seconds)) / 16000
+    return (0.3 * np.sin(2 * np.pi * generator.uniform(100, 3000) * t) + 0.05 * generator.normal(size=len(t))).astype(
+        np.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def random_server() -> Iterator[Running]:
+    """Random models: one with and one without second branch."""
+    models = {"plain": pair(eot_bias=6.0)[0], "dual": talkative(trained(dawhisper.DualOptions()), eot_bias=6.0)}
+    with running(models, max_upload=2.0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def real_server(tiny_en_path: Path) -> Iterator[Running]:
+    with running({"tiny.en": dawhisper.load_model(str(tiny_en_path), device="cpu")}, brief=False) as made:
+        yield made
+
+
+def post(server: Running, file: object = None, **fields: object) -> httpx.Response:
+    files = {"file": file if file is not None else ("a.wav", wav(sound(0)))}
+    return httpx.post(server.url + PATH, files=files, data=fields, timeout=60)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------- openai's client
+
+
+def test_openais_client_works_unmodified(real_server: Running, assets: Path, tiny_en_path: Path) -> None:
+    client = openai.OpenAI(base_url=real_server.url + "/v1", api_key="none", max_retries=0)
+    assert [m.id for m in client.models.list()] == ["tiny.en"]
+    assert client.models.retrieve("tiny.en").owned_by == "dawhisper"
+    clip = assets / "speech.opus"
+    create = client.audio.transcriptions.create
+    alone = dawhisper.load_model(str(tiny_en_path), device="cpu").transcribe(str(clip))
+    plain = create(model="whisper-1", file=clip)
+    assert plain.text == alone.text.strip()
+
+    verbose = create(
+        model="tiny.en", file=clip, response_format="verbose_json", timestamp_granularities=["word", "segment"]
+    )
+    assert verbose.language == "english"
+    assert verbose.segments[0].text.strip()  # type: ignore[index]
+    words = verbose.words or []
+    assert " ".join(w.word for w in words) == verbose.text
+    assert all(a.start <= a.end <= b.end for a, b in itertools.pairwise(words))
+    assert verbose.duration == pytest.approx(len(load_audio(clip)) / 16000, abs=0.01)
+
+    srt = create(model="tiny.en", file=clip, response_format="srt")
+    assert re.match(r"1\n00:00:0\d,\d{3} --> 00:00:\d\d,\d{3}\n", str(srt))
+    assert str(create(model="tiny.en", file=clip, response_format="vtt")).startswith("WEBVTT")
+    assert str(create(model="tiny.en", file=clip, response_format="text")).strip() == plain.text
+
+    events = list(create(model="tiny.en", file=clip, stream=True))
+    assert [e.type for e in events[-2:]] == ["transcript.text.delta", "transcript.text.done"]
+    assert "".join(e.delta for e in events if e.type == "transcript.text.delta").strip() == events[-1].text
+
+
+def test_openais_client_sees_errors(random_server: Running) -> None:
+    client = openai.OpenAI(base_url=random_server.url + "/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="does not exist; there are plain, dual") as error:
+        client.audio.transcriptions.create(model="gpt-5", file=("a.wav", wav(sound(0))))
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="ogg") as error:
+        client.audio.transcriptions.create(model="plain", file=("a.ogg", b"not audio at all" * 100))
+    assert error.value.code == "invalid_audio"
+    assert error.value.param == "file"
+
+
+def test_translation(random_server: Running) -> None:
+    client = openai.OpenAI(base_url=random_server.url + "/v1", api_key="none", max_retries=0)
+    said = client.audio.translations.create(
+        model="plain", file=("a.wav", wav(sound(1))), response_format="verbose_json"
+    )
+    assert said.duration == pytest.approx(2.0)
+    assert said.model_extra["task"] == "translate"  # type: ignore[index]
+
+
+# ------------------------------------------------------------------------------------------------ requests together
+
+
+@pytest.mark.parametrize("extra", [{"language": "en"}, {}, {"language": "en", "word_timestamps": True}])
+def test_together_is_as_alone(extra: dict[str, object]) -> None:
+    model = pair(eot_bias=6.0)[0]
+    clips = [sound(seed, seconds) for seed, seconds in enumerate((0.5, 2.0, 7.0))]
+    options = TranscribeOptions.of(temperature=0.0, **SURE, **extra)
+    for clip, one in zip(clips, transcribe_together(model, clips, options)):
+        if one is None:  # further windows
+            assert "word_timestamps" in extra
+            continue
+        alone = transcribe(model, clip, temperature=0.0, **SURE, **extra)
+        assert one.text == alone.text
+        assert one.language == alone.language
+        assert [(s.start, s.end) for s in one.segments] == [(s.start, s.end) for s in alone.segments]
+
+
+def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: Path, assets: Path) -> None:
+    model = dawhisper.load_model(str(tiny_en_path), device="cpu")
+    speech = load_audio(assets / "speech.opus")
+    clips = [speech[16000 * i : 16000 * (i + 2)] for i in range(5)]
+    once = {"temperature": 0.0, "language": "en", "without_timestamps": True, **SURE}
+    expected = [transcribe(model, clip, **once).text for clip in clips]  # type: ignore[union-attr, arg-type]
+    assert len(set(expected)) == 5
+    sizes: list[int] = []
+    engine = Engine({"m": model}, batch_size=3, on_batch=sizes.append)
+    try:
+        engine.submit(lambda: time.sleep(0.2))  # so that the clips wait together
+        futures = [engine.submit(Clip("m", clip, TranscribeOptions.of(**once))) for clip in clips]
+        assert [f.result(60).text for f in futures] == expected
+        assert sizes == [3, 2]
+    finally:
+        engine.close()
+
+
+def surety(answer: httpx.Response) -> float:
+    """What differs from recording to recording where a random model's text does not."""
+    return answer.json()["segments"][0]["avg_logprob"]  # type: ignore[no-any-return]
+
+
+def test_concurrent_requests_get_their_own_answers(random_server: Running) -> None:
+    files = [("a.wav", wav(sound(seed, 0.5 + seed / 40))) for seed in range(64)]
+    fields = {"response_format": "verbose_json", "language": "en"}
+    alone = [surety(post(random_server, file, **fields)) for file in files]
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda file: post(random_server, file, **fields), files))
+    assert [a.status_code for a in answers] == [200] * 64
+    assert [a.json()["duration"] for a in answers] == pytest.approx([0.5 + i / 40 for i in range(64)], abs=0.01)
+    assert len({round(value, 4) for value in alone}) > 32
+    assert [surety(a) for a in answers] == pytest.approx(alone, abs=2e-5)
+
+
+def test_the_gate_of_words(random_server: Running) -> None:
+    fields = {
+        "model": "dual",
+        "response_format": "verbose_json",
+        "include[]": "gate",
+        "timestamp_granularities[]": "word",
+        "language": "en",
+    }
+    words = post(random_server, **fields).json()["words"]
+    assert words
+    assert all(0 < w["gate"] < 1 for w in words if w.get("gate") is not None)
+    assert any(w.get("gate") is not None for w in words)
+
+
+# ----------------------------------------------------------------------------------------------------------- limits
+
+
+def test_too_many_requests_get_429() -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}, max_queue=2, batch_size=1) as server, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda seed: post(server, ("a.wav", wav(sound(seed)))), range(12)))
+        codes = [a.status_code for a in answers]
+        assert set(codes) == {200, 429}
+        refused = answers[codes.index(429)]
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert post(server).status_code == 200
+
+
+def test_too_large_an_upload_gets_413(random_server: Running) -> None:
+    assert post(random_server, ("a.wav", bytes(3_000_000))).status_code == 413
+
+    def chunks() -> Iterator[bytes]:  # without a length
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        for _ in range(40):
+            yield bytes(100_000)
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = httpx.post(random_server.url + PATH, content=chunks(), headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "too_large"
+
+
+def test_too_long_a_recording_and_too_long_a_request() -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}, max_audio=1.0) as server:
+        assert post(server).json()["error"]["code"] == "too_long"
+    with running({"m": pair(eot_bias=6.0)[0]}, timeout=0.001) as server:
+        answer = post(server, ("a.wav", wav(sound(0, 60.0))))
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "timeout"
+
+
+def test_the_key() -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}, api_key="secret") as server:
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        assert post(server).json()["error"]["code"] == "invalid_api_key"
+        right = {"Authorization": "Bearer secret"}
+        assert httpx.get(server.url + "/v1/models", headers=right).status_code == 200
+        assert httpx.get(server.url + "/health").status_code == 200
+        with connect(server.ws) as live:
+            live.send(json.dumps({"api_key": "guess"}))
+            assert json.loads(live.recv())["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": "pdf"}, "response_format"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": "nan"}, "temperature"),
+        ({"language": "klingon"}, "language"),
+        ({"stream": "perhaps"}, "stream"),
+        ({"timestamp_granularities[]": "letter", "response_format": "verbose_json"}, "timestamp_granularities"),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
+        ({"prompt": "x" * 5000}, "prompt"),
+    ],
+)
+def test_bad_fields(random_server: Running, fields: dict[str, str], param: str) -> None:
+    answer = post(random_server, **fields)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def malformed(rng: random.Random) -> tuple[bytes, dict[str, str]]:
+    """A request's body and headers, wrong in one of many ways."""
+    names = [
+        "a.wav",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a\\..\\b",
+        "file:///etc/passwd",
+        "",
+        "x" * 3000,
+        "\u202eü.wav",
+    ]
+    name = rng.choice(names)
+    whole = wav(sound(rng.randrange(4), 0.2))
+    content = rng.choice(
+        [b"", rng.randbytes(200), whole[: rng.randrange(44)], b"#EXTM3U\nfile:///etc/passwd\n", b"concat"]
+    )
+    field = rng.choice(["file", "files", "model", "prompt"])
+    part = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode() + content
+    body = rng.choice([part + b"\r\n--x--\r\n", part, part[: rng.randrange(len(part))], b"{}", b"", rng.randbytes(500)])
+    kind = rng.choice(["multipart/form-data; boundary=x"] * 4 + ["multipart/form-data", "application/json", "\x7f", ""])
+    return body, {"content-type": kind}
+
+
+def test_malformed_requests_are_answered_and_leave_nothing(random_server: Running) -> None:
+    rng = random.Random(0)
+    with httpx.Client(base_url=random_server.url, timeout=30) as client:
+
+        def some(n: int) -> None:
+            for _ in range(n):
+                body, headers = malformed(rng)
+                answer = client.post(rng.choice([PATH, "/v1/audio/translations"]), content=body, headers=headers)
+                assert 400 <= answer.status_code < 500, (body, headers, answer.text)
+                assert answer.json()["error"]["message"]
+
+        some(20)
+        gc.collect()
+        before = open_files()
+        some(150)
+        gc.collect()
+        assert open_files() <= before + 3
+        for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/..%5c..%5cetc", "/v1/nothing", "/app.js/x"):
+            assert client.get(path).status_code in (404, 405)
+        assert client.get(PATH).json()["error"]["message"]
+    assert post(random_server).status_code == 200
+
+
+def test_a_client_that_goes_away_leaves_nothing(random_server: Running) -> None:
+    host, port = random_server.url.removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n")
+            raw.sendall(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+    deadline = time.monotonic() + 10
+    while "dawhisper_active_requests 0.0" not in httpx.get(random_server.url + "/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def head(length: int, kind: str = "multipart/form-data; boundary=x") -> bytes:
+    return f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\nContent-Type: {kind}\r\n\r\n".encode()
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("first", "drip", "status"),
+    [
+        (head(2_000_000) + PART + bytes(1_500_000), b"", 408),  # stops, with a temporary file
+        (head(2_000_000) + PART + bytes(1_500_000), b"x", 408),  # a byte now and then
+        (b"", b"", None),
+        (b"POST /v1/audio/transcriptions HTTP/1.1\r\nX: ", b"x", None),  # headers without end
+        (head(2_000_000, "text/plain"), b"x", 400),  # goes on after its answer
+    ],
+)
+def test_slow_clients_are_let_go(
+    monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes, status: int | None
+) -> None:
+    monkeypatch.setattr("dawhisper.serve.app.IDLE", 0.6)
+    with running({"m": pair(eot_bias=6.0)[0]}, upload_timeout=1.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        before = open_files()
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(first)
+            raw.settimeout(0.1)
+            began, got, closed = time.monotonic(), b"", False
+            while not closed and time.monotonic() - began < 10:
+                try:
+                    if drip:
+                        raw.send(drip)
+                    got += (data := raw.recv(65536))
+                    closed = not data
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    closed = True
+            assert closed
+            assert (int(got.split()[1]) if got else None) == status
+            if status == 408:
+                assert b'"code":"too_slow"' in got
+            assert open_files() <= before + 1  # our own end of the connection
+        assert "dawhisper_active_requests 0.0" in httpx.get(server.url + "/metrics").text
+        assert post(server).status_code == 200
+
+
+def test_who_does_not_read_the_answer_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dawhisper.serve.app.IDLE", 0.2)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def stuck(message: Message) -> None:
+        await asyncio.sleep(60)
+
+    guard = Guard(app, 1e6, 60.0, Metrics())
+    asyncio.run(asyncio.wait_for(guard({"type": "http"}, stuck, stuck), 5))  # type: ignore[arg-type]
+
+
+def test_metrics_and_health(random_server: Running) -> None:
+    def metric(name: str) -> float:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(random_server.url + "/metrics").text, re.M)
+        return float(found[1]) if found else 0.0
+
+    names = [
+        'dawhisper_requests_total{path="/v1/audio/transcriptions",status="200"}',
+        'dawhisper_requests_total{path="other",status="405"}',
+        "dawhisper_audio_seconds_total",
+        "dawhisper_request_seconds_count",
+        "dawhisper_batch_size_sum",
+    ]
+    before = [metric(name) for name in names]
+    post(random_server)
+    httpx.post(random_server.url + "/nowhere")
+    assert [metric(name) - was for name, was in zip(names, before)] == pytest.approx([1, 1, 2, 1, 1])
+    health = httpx.get(random_server.url + "/health")
+    assert health.json() == {"status": "ok", "models": ["plain", "dual"], "waiting": 0}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_worker_is_not_healthy() -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}) as server:
+        server.engine.submit(sys.exit)
+        server.engine.thread.join(10)
+        assert httpx.get(server.url + "/health").status_code == 503
+
+
+def test_an_error_in_a_batch_is_its_own_clips() -> None:
+    engine = Engine({"m": pair(eot_bias=6.0)[0]})
+    options = TranscribeOptions.of(temperature=0.0, language="en", without_timestamps=True, sample_len=6)
+    try:
+        engine.submit(lambda: time.sleep(0.3))  # so that the others wait together
+        good = engine.submit(Clip("m", sound(0), options))
+        bad = engine.submit(Clip("m", np.zeros((2, 2, 2), np.float32), options))
+        assert good.result(30).language == "en"
+        with pytest.raises(dawhisper.DawhisperError):
+            bad.result(30)
+    finally:
+        engine.close()
+
+
+# ------------------------------------------------------------------------------------------------------- live audio
+
+
+def pcm(samples: np.ndarray) -> bytes:
+    return (samples * 32767).astype("<i2").tobytes()
+
+
+def messages(live: ClientConnection) -> Iterator[dict]:
+    with contextlib.suppress(ConnectionClosedError):  # after an error
+        for message in live:
+            yield json.loads(message)
+
+
+def test_live_audio(real_server: Running, assets: Path) -> None:
+    samples = load_audio(assets / "speech.opus")
+    with connect(real_server.ws) as live:
+        live.send(json.dumps({"language": "en"}))
+        assert json.loads(live.recv())["type"] == "ready"
+        data = pcm(samples)
+        for first in range(0, len(data), 3201):  # odd pieces: samples may be cut in half
+            live.send(data[first : first + 3201])
+        live.send('{"type": "finish"}')
+        got = list(messages(live))
+    assert got[-1]["type"] == "done"
+    words = "".join(w["word"] for m in got[:-1] for w in m["words"])
+    segments = "".join(s["text"] for m in got[:-1] for s in m["segments"])
+    assert words == segments
+    offline = real_server.engine.models["tiny.en"].transcribe(samples, language="en").text  # type: ignore[operator]
+    plain = [re.sub(r"[^a-z ]", "", text.lower()).split() for text in (words, offline)]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("first", ["[]", "no json", '{"model": "other"}', '{"task": "dance"}', b"\x00\x00"])
+def test_a_bad_beginning_of_live_audio(random_server: Running, first: str | bytes) -> None:
+    with connect(random_server.ws) as live:
+        live.send(first)
+        assert json.loads(live.recv())["type"] == "error"
+
+
+@pytest.mark.parametrize("message", ["no json", "[]", '{"type": "dance"}'])
+def test_a_bad_message_in_live_audio(random_server: Running, message: str) -> None:
+    with connect(random_server.ws) as live:
+        live.send("{}")
+        assert json.loads(live.recv())["type"] == "ready"
+        live.send(message)
+        last = list(messages(live))[-1]
+        assert last["type"] == "error"
+        assert last["error"]["type"] == "invalid_request_error"
+
+
+def test_half_a_sample_at_the_end_of_live_audio(random_server: Running) -> None:
+    with connect(random_server.ws) as live:
+        live.send("{}")
+        live.send(pcm(sound(0)) + b"x")
+        live.send('{"type": "finish"}')
+        got = list(messages(live))
+    assert [m["type"] for m in (got[0], *got[-2:])] == ["ready", "update", "done"]
+    assert got[-2]["now"] == 2.0
+
+
+def live_streams(server: Running, n: int) -> None:
+    deadline = time.monotonic() + 10
+    while f"dawhisper_live_streams {n}.0" not in httpx.get(server.url + "/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_too_many_live_streams_and_one_that_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}, max_live=1) as server:
+        with connect(server.ws) as live:
+            live.send("{}")
+            assert json.loads(live.recv())["type"] == "ready"
+            with connect(server.ws) as other:
+                assert json.loads(other.recv())["error"]["code"] == "queue_full"
+            live.send(pcm(sound(0)))
+            live_streams(server, 1)
+            live.socket.close()  # in the middle of the work
+        live_streams(server, 0)
+        with connect(server.ws) as live:
+            live.send("{}")
+            assert json.loads(live.recv())["type"] == "ready"
+    assert not capsys.readouterr().err  # nothing to log
+
+
+def test_a_silent_or_too_fast_client_of_live_audio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dawhisper.serve.app.IDLE", 0.5)
+    with running({"m": pair(eot_bias=6.0)[0]}) as server:
+        for begin in ([], ["{}"]):
+            with connect(server.ws) as live:
+                for message in begin:
+                    live.send(message)
+                assert list(messages(live))[-1]["error"]["code"] == "too_slow"
+        server.engine.submit(lambda: time.sleep(1))
+        with connect(server.ws, max_size=None) as live:
+            live.send("{}")
+            for _ in range(5):
+                live.send(bytes(16000 * 2 * 20))
+            assert list(messages(live))[-1]["error"]["code"] == "too_fast"
+
+
+def test_a_bug_is_said_and_logged(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with running({"m": pair(eot_bias=6.0)[0]}) as server:
+        monkeypatch.setattr(server.engine, "submit", lambda work: 1 / 0)
+        with connect(server.ws) as live:
+            live.send("{}")
+            live.send('{"type": "finish"}')
+            assert list(messages(live))[-1]["error"]["code"] == "internal_error"
+        assert '"internal_error"' in post(server, stream="true").text
+        assert post(server).status_code == 500
+    assert capsys.readouterr().err.count("ZeroDivisionError") == 3
+
+
+def test_the_end_of_the_server_finishes_live_audio() -> None:
+    with contextlib.ExitStack() as ends:
+        with running({"m": pair(eot_bias=6.0)[0]}) as server:
+            live = ends.enter_context(connect(server.ws))
+            live.send("{}")
+            assert json.loads(live.recv())["type"] == "ready"
+            live.send(pcm(sound(0, 0.9)))  # less than a step
+            live.ping().wait(10)
+        assert [m["type"] for m in messages(live)] == ["update", "done"]
+
+
+def test_another_sites_page_may_not_listen(random_server: Running) -> None:
+    with pytest.raises(Exception, match="403"), connect(random_server.ws, origin="http://evil.example"):  # type: ignore[arg-type]
+        pass
+    with connect(random_server.ws, origin=random_server.url):  # type: ignore[arg-type]
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------- the process
+
+
+def test_the_end_finishes_what_runs_and_a_killed_server_starts_again(tiny_en_path: Path, assets: Path) -> None:
+    sentence = np.concatenate([load_audio(assets / "speech.opus"), np.zeros(10 * 16000, np.float32)])
+    clip = ("a.wav", wav(np.tile(sentence, 4)))
+    for sig in (signal.SIGKILL, signal.SIGTERM):
+        process, url = start(tiny_en_path)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, Running(url, None, None), clip)  # type: ignore[arg-type]
+            while "dawhisper_active_requests 1.0" not in httpx.get(url + "/metrics").text:
+                assert not answer.done()
+            process.send_signal(sig)
+            if sig == signal.SIGTERM:
+                assert "printers" in answer.result(60).json()["text"]
+            else:
+                with pytest.raises(httpx.TransportError):
+                    answer.result(60)
+        process.wait(30)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(OptionError, match="--max_queue is above 0"):
+        ServerOptions(max_queue=0)
+    with pytest.raises(dawhisper.DawhisperError, match="no such"):
+        load_models(("x=/nowhere/a.pt",), "cpu")

@@ -1,0 +1,282 @@
+"""The server's page in a real Chromium: a file, the microphone, errors, and a phone's width."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import pair
+from helpers.server import Running, running, start, wav
+from websockets.sync.client import connect
+
+import dawhisper
+from dawhisper.audio import load_audio
+from dawhisper.model import Whisper
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here: apt-get install chromium chromium-driver"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_en_path: Path) -> Iterator[Running]:
+    """tiny.en as it is, and with a second branch whose gate is not the same everywhere."""
+    stock = dawhisper.load_model(str(tiny_en_path), device="cpu")
+    dual = dawhisper.load_model(str(tiny_en_path), device="cpu", dual=dawhisper.DualOptions())
+    torch.manual_seed(0)
+    for block in dual.decoder.blocks:
+        torch.nn.init.normal_(block.gate[-1].weight, std=2.0)
+    models: dict[str, Whisper] = {"dual": dual, "stock": stock}
+    with running(models, brief=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Iterator[object]:
+    """A Chromium whose microphone plays the speech clip, over and over."""
+    from selenium import webdriver
+
+    speech = tmp_path_factory.mktemp("mic") / "speech.wav"
+    speech.write_bytes(wav(np.pad(load_audio(assets / "speech.opus"), (8000, 16000))))
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-audio-capture={speech}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(30)
+    yield driver
+    driver.quit()
+
+
+class Page:
+    def __init__(self, driver: object, url: str, loaded: bool = True):
+        self.driver: object = driver
+        driver.set_window_size(1100, 900)  # type: ignore[attr-defined]
+        driver.get(url)  # type: ignore[attr-defined]
+        if loaded:
+            self.until("document.querySelectorAll('#model option').length")
+
+    def run(self, script: str) -> object:
+        return self.driver.execute_script("return " + script)  # type: ignore[attr-defined]
+
+    def until(self, script: str, seconds: float = 60) -> None:
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, seconds, 0.1).until(lambda _: self.run(script), script)  # type: ignore[arg-type]
+
+    def element(self, selector: str) -> object:
+        return self.driver.find_element("css selector", selector)  # type: ignore[attr-defined]
+
+    def texts(self, selector: str) -> list[str]:
+        return self.run(f"[...document.querySelectorAll('{selector}')].map((e) => e.textContent)")  # type: ignore[return-value]
+
+    def send(self, path: Path) -> None:
+        self.element("#file").send_keys(str(path))  # type: ignore[attr-defined]
+
+    def colours(self, result: int, name: str) -> int:
+        """How many pixels of a result's picture have the colour of a style's variable."""
+        return self.run(  # type: ignore[return-value]
+            f"""(() => {{
+              const canvas = document.querySelectorAll('canvas')[{result}];
+              const c = canvas.getContext('2d');
+              c.fillStyle = getComputedStyle(document.documentElement).getPropertyValue('{name}');
+              const wanted = [1, 3, 5].map((i) => parseInt(c.fillStyle.slice(i, i + 2), 16));
+              const data = c.getImageData(0, 0, canvas.width, canvas.height).data;
+              let n = 0;
+              for (let i = 0; i < data.length; i += 4) n += wanted.every((v, j) => data[i + j] === v);
+              return n;
+            }})()"""
+        )
+
+    @contextlib.contextmanager
+    def phone(self) -> Iterator[None]:
+        size = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[attr-defined]
+        yield
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()  # type: ignore[arg-type]
+
+    def focused(self) -> object:
+        return self.driver.switch_to.active_element  # type: ignore[attr-defined]
+
+    def error(self, start: str) -> None:
+        self.until(f"document.getElementById('error').textContent.startsWith({start!r})")
+        assert self.run("!document.getElementById('error').hidden")
+        self.until("!document.getElementById('file').disabled && !document.getElementById('record').disabled")
+
+    def picture(self, name: str, folder: Path) -> None:
+        self.driver.save_screenshot(str(folder / f"{name}.png"))  # type: ignore[attr-defined]
+
+    def errors(self) -> list[str]:
+        return [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]  # type: ignore[attr-defined]
+
+
+def test_a_file_with_two_models(server: Running, browser: object, assets: Path, tmp_path: Path) -> None:
+    page = Page(browser, server.url)
+    assert page.texts("#model option") == ["dual (with gate)", "stock"]
+    page.run("document.getElementById('compare').value = 'stock'")
+    page.send(assets / "speech.opus")
+    page.until("document.getElementById('status').textContent === 'Done.'")
+    expected = server.engine.models["stock"].transcribe(assets / "speech.opus").text.strip()  # type: ignore[operator]
+    assert page.texts(".result h2") == ["dual", "stock"]
+    said = [text.strip() for text in page.texts(".result .final")]
+    assert said == [expected, expected]  # an untrained copy of the branch changes nothing
+    captions = page.texts("figcaption")
+    assert "the gate" in captions[0]
+    assert "lowest" in captions[0]
+    assert "has no gate" in captions[1]
+    assert page.run("!document.querySelector('.downloads').hidden")
+    page.picture("desktop", tmp_path)
+    assert [page.colours(i, "--gate") > 100 for i in (0, 1)] == [True, False]
+    assert all(page.colours(i, "--wave") > 1000 for i in (0, 1))
+    elsewhere = "performance.getEntriesByType('resource').filter((r) => !r.name.startsWith(location.origin)).length"
+    assert page.run(elsewhere) == 0
+    with page.phone():
+        assert page.run("innerWidth") == 375
+        assert page.run("document.documentElement.scrollWidth") == 375
+        small = "[...document.querySelectorAll('button, select, #language, #drop')].map((e) => e.offsetHeight)"
+        assert min(height for height in page.run(small) if height) >= 40  # type: ignore[attr-defined]
+        page.picture("phone", tmp_path)
+    assert page.errors() == []
+
+
+def test_the_microphone(server: Running, browser: object, tmp_path: Path) -> None:
+    page = Page(browser, server.url)
+    page.run("document.getElementById('model').value = 'stock'")
+    page.element("#record").click()  # type: ignore[attr-defined]
+    page.until("document.querySelector('.final') && document.querySelector('.final').textContent.length > 20")
+    assert page.element("#record").get_attribute("aria-pressed") == "true"  # type: ignore[attr-defined]
+    page.picture("live", tmp_path)
+    page.element("#record").click()  # type: ignore[attr-defined]
+    page.until("document.getElementById('status').textContent === 'Done.'")
+    assert page.run("!document.querySelector('.downloads').hidden")
+    assert page.texts("#record-label") == ["Record"]
+    assert page.errors() == []
+
+
+def test_errors_are_said(server: Running, browser: object, tmp_path: Path) -> None:
+    bad = tmp_path / "notes.wav"
+    bad.write_text("no sound\n" * 50)
+    page = Page(browser, server.url)
+    page.send(bad)
+    page.until("!document.getElementById('error').hidden")
+    assert page.texts("#error")[0].startswith("notes.wav: cannot be decoded")
+    assert page.texts(".result") == []
+    page.picture("error", tmp_path)
+    page.run("document.getElementById('language').value = 'klingon'")
+    page.send(bad)
+    page.until("document.getElementById('error').textContent.includes('klingon')")
+    assert page.run("!document.getElementById('file').disabled")
+
+
+def test_the_servers_refusals_are_said(browser: object, assets: Path, tmp_path: Path) -> None:
+    small, large = tmp_path / "small.wav", tmp_path / "large.wav"
+    small.write_bytes(wav(np.zeros(1600, np.float32)))
+    large.write_bytes(wav(np.zeros(16000 * 60, np.float32)))
+    models = {"m": pair(eot_bias=6.0)[0]}
+    with running(models, max_upload=0.5, max_queue=1, max_live=1, api_key="secret") as server:
+        page = Page(browser, server.url, loaded=False)
+        page.error("this server asks for a key")
+        page.send(small)
+        page.error("this server asks for a key")
+        key = page.element("#key")
+        key.send_keys("guess\t")  # type: ignore[attr-defined]
+        page.error("the server does not take this key")
+        key.clear()  # type: ignore[attr-defined]
+        key.send_keys("secret\t")  # type: ignore[attr-defined]
+        page.until("document.querySelectorAll('#model option').length")
+        assert page.run("document.getElementById('error').hidden")
+        page.send(large)
+        page.error("the upload is larger than 0.5 MB")
+        server.service.active += 1
+        page.send(small)
+        page.error("too many requests are waiting")
+        server.service.active -= 1
+        with connect(server.ws) as live:
+            live.send('{"api_key": "secret"}')
+            live.recv()
+            page.element("#record").click()  # type: ignore[attr-defined]
+            page.error("too many live streams")
+            assert page.texts("#record-label") == ["Record"]
+        page.picture("refused", tmp_path)
+    page.send(small)
+    page.error("the server can't be reached")
+    page.element("#record").click()  # type: ignore[attr-defined]
+    page.error("the connection to the server was lost")
+
+
+def test_a_server_that_dies_is_said(browser: object, tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.wav"
+    long.write_bytes(wav(np.tile(load_audio(assets / "speech.opus"), 20)))
+    for recorded in (False, True):
+        process, url = start(tiny_en_path)
+        page = Page(browser, url)
+        if recorded:
+            page.element("#record").click()  # type: ignore[attr-defined]
+        else:
+            page.send(long)
+        page.until("document.querySelector('.final')?.textContent")
+        process.kill()
+        process.wait(30)
+        page.error("the connection")
+        assert page.texts(".final")[0]  # what came is kept
+
+
+def test_the_keyboard_alone(server: Running, browser: object, tmp_path: Path) -> None:
+    """Everything that can be used is reached by Tab and has a name; record, stop and download by keys."""
+    from selenium.webdriver import Keys
+
+    downloads = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", downloads)  # type: ignore[attr-defined]
+    page = Page(browser, server.url)
+    reached = []
+    for _ in range(5):
+        page.press(Keys.TAB)
+        reached.append(page.focused().get_attribute("id"))  # type: ignore[attr-defined]
+        assert page.focused().accessible_name, reached  # type: ignore[attr-defined]
+    assert reached == ["model", "compare", "language", "file", "record"]
+    assert page.element("#status").aria_role == "status"  # type: ignore[attr-defined]
+    assert page.element("#error").get_attribute("role") == "alert"  # type: ignore[attr-defined]
+
+    page.press(Keys.SPACE)
+    page.until("document.querySelector('.final') && document.querySelector('.final').textContent.length > 20")
+    page.press(Keys.SPACE)
+    page.until("document.getElementById('status').textContent === 'Done.'")
+    assert page.focused().get_attribute("id") == "record"  # type: ignore[attr-defined]
+    text = page.texts(".final")[0].strip()
+    for kind in ("txt", "srt", "vtt"):
+        page.press(Keys.TAB)
+        assert page.focused().accessible_name == f"Download the text of dual as {kind}"  # type: ignore[attr-defined]
+        page.press(Keys.ENTER)
+        made = tmp_path / f"dual.{kind}"
+        deadline = time.monotonic() + 10
+        while not made.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        lines = made.read_text().splitlines()
+        times = r"\d\d:\d\d:\d\d[.,]\d{3} --> \d\d:\d\d:\d\d[.,]\d{3}"
+        said = [line for line in lines if line and not re.fullmatch(rf"WEBVTT|\d+|{times}", line)]
+        assert " ".join(said) == text
+        assert lines[0] == {"txt": said[0], "srt": "1", "vtt": "WEBVTT"}[kind]
+    assert page.run("document.querySelector('.final').getAttribute('aria-live')") == "polite"
+    assert page.run("document.querySelector('canvas').getAttribute('aria-label')").startswith("Waveform, ")  # type: ignore[attr-defined]

@@ -1,0 +1,289 @@
+"""Streaming: every word once, in order, however the audio is cut; bounded memory; pauses; the command."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import io
+import itertools
+import json
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from helpers.models import pair, talkative, trained
+
+import dawhisper
+from dawhisper import vad
+from dawhisper.audio import load_audio
+from dawhisper.cli import main
+from dawhisper.decoding import DecodingOptions, DecodingResult, decode_windows, model_tokenizer
+from dawhisper.errors import OptionError
+from dawhisper.model import AudioFeatures
+from dawhisper.serve.stream import Stream, StreamOptions, Update, read_pcm, text_of
+
+
+def words_in(text: str) -> str:
+    return " ".join(re.sub(r"[^a-z' ]", " ", text.lower()).split())
+
+
+def listen(model: dawhisper.Whisper, audio: np.ndarray, piece: int = 16000, **options: object) -> Update:
+    stream = Stream(model, StreamOptions(**options))  # type: ignore[arg-type]
+    update = Update()
+    for first in range(0, len(audio), piece):
+        update += stream.feed(audio[first : first + piece])
+    return update + stream.finish()
+
+
+@pytest.fixture(scope="module")
+def speech(assets: Path) -> np.ndarray:
+    """The clip twice with short pauses: longer than what is decoded again."""
+    clip = load_audio(assets / "speech.opus")
+    return np.tile(np.concatenate([clip, np.zeros(4800, np.float32)]), 2)
+
+
+@pytest.fixture(scope="module")
+def tiny_en(tiny_en_path: Path) -> dawhisper.Whisper:
+    return dawhisper.load_model(str(tiny_en_path), device="cpu")
+
+
+@pytest.mark.parametrize("policy", ["attention", "agreement"])
+def test_no_word_is_lost_or_said_twice(tiny_en: dawhisper.Whisper, speech: np.ndarray, policy: str) -> None:
+    update = listen(tiny_en, speech, language="en", policy=policy, step=2.0, longest=8.0)
+    once = "modern printers .{10,20} but it is only practiced in the very best establishments"
+    assert re.fullmatch(f"{once} {once}", words_in(text_of(update.words)))  # how it hears the middle varies
+    assert update.end_of_turn
+    assert "".join(s.text for s in update.segments) == text_of(update.words)
+    starts = [word.start for word in update.words]
+    assert all(b >= a - 0.3 for a, b in itertools.pairwise(starts))  # times of two decodings may differ a little
+    assert [s.id for s in update.segments] == list(range(len(update.segments)))
+
+
+def test_words_come_before_the_end(tiny_en: dawhisper.Whisper, speech: np.ndarray) -> None:
+    stream = Stream(tiny_en, StreamOptions(language="en"))
+    early = text_of(stream.feed(speech[: 16000 * 4]).words)
+    assert words_in(early).startswith("modern printers")
+
+
+@pytest.mark.parametrize("piece", [160, 7777, 16000 * 40])
+def test_any_size_of_pieces_and_bounded_memory(piece: int) -> None:
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
+    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0, gates=True))
+    audio = (0.1 * np.random.default_rng(0).normal(size=16000 * 45)).astype(np.float32)
+    audio *= np.sin(np.arange(len(audio)) / 8000)  # louder and softer: not a steady background
+    for first in range(0, len(audio), piece):
+        stream.feed(audio[first : first + piece])
+        assert len(stream.buffer) <= 30 * 16000
+        assert len(stream.context) <= 64
+    assert stream.now == pytest.approx(45.0)
+    stream.finish()
+    assert len(stream.buffer) == 0
+
+
+def test_silence_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(pair()[0], StreamOptions(language="en"))
+    monkeypatch.setattr(stream, "_decode", lambda: pytest.fail("decoded silence"))
+    quiet = (1e-4 * np.random.default_rng(0).normal(size=16000 * 120)).astype(np.float32)
+    assert stream.feed(quiet) == Update()
+    assert len(stream.buffer) < 16000
+
+
+def test_a_pause_in_noise_ends_a_turn(tiny_en: dawhisper.Whisper, assets: Path) -> None:
+    pytest.importorskip("silero_vad", reason="loudness alone finds no pause in noise: pip install 'dawhisper[vad]'")
+    spoken = np.pad(load_audio(assets / "speech.opus"), (0, 16000 * 3))
+    noise = 0.02 * np.random.default_rng(0).normal(size=len(spoken))
+    noisy = (spoken + noise).astype(np.float32)
+    stream = Stream(tiny_en, StreamOptions(language="en"))
+    turns = [stream.feed(noisy[first : first + 16000]).end_of_turn for first in range(0, len(noisy), 16000)]
+    assert turns.count(True) == 1
+    assert any(turns[-3:])
+
+
+def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alternately speech-like sound, which is decoded, and silence, which is not."""
+    monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
+    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0, gates=True))
+    piece = (0.1 * np.random.default_rng(0).normal(size=16000 * 120)).astype(np.float32)
+    piece *= np.sin(np.arange(len(piece)) / 8000)
+    piece[16000 * 6 :] = 0.0
+    sizes, words, turns = [], 0, 0
+    for _ in range(30):
+        update = stream.feed(piece)
+        words, turns = words + len(update.words), turns + update.end_of_turn
+        sizes.append(len(pickle.dumps({k: v for k, v in vars(stream).items() if k != "model"})))
+    assert stream.now == 3600.0
+    assert words > 100
+    assert turns == 30
+    assert max(sizes) <= 1.2 * max(sizes[:3])
+
+
+def test_earlier_text_is_context(tiny_en: dawhisper.Whisper, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+    tokenizer = model_tokenizer(tiny_en, "en")
+
+    def decode(model: dawhisper.Whisper, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
+        prompts.append(tokenizer.decode(list(options.prompt or [])))  # type: ignore[arg-type]
+        return decode_windows(model, features, options)
+
+    monkeypatch.setattr("dawhisper.serve.stream.decode_windows", decode)
+    stream = Stream(tiny_en, StreamOptions(language="en", initial_prompt="A lecture on books."))
+    clip = load_audio(assets / "speech.opus")
+    stream.feed(clip)
+    said = text_of(stream.feed(np.zeros(16000 * 3, np.float32)).words)
+    stream.feed(clip[: 16000 * 2])
+    assert prompts[0] == " A lecture on books."
+    assert prompts[-1].startswith(" A lecture on books. ")
+    assert prompts[-1].endswith(said)
+    assert "establishments" in prompts[-1]
+
+
+def test_gates_of_words() -> None:
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=6.0)
+    stream = Stream(model, StreamOptions(language="en", gates=True))
+    stream.buffer = (0.1 * np.random.default_rng(0).normal(size=16000 * 3)).astype(np.float32)
+    words = stream._decode().words
+    assert words
+    assert all(word.gate is not None and 0 <= word.gate <= 1 for word in words)
+
+
+def test_pcm_cut_in_the_middle_of_a_sample() -> None:
+    class Pipe(io.BytesIO):
+        def read1(self, size: int | None = -1, /) -> bytes:
+            return super().read(3)
+
+    samples = np.arange(-5, 6, dtype="<i2") * 1000
+    heard = np.concatenate(list(read_pcm(Pipe(samples.tobytes()), 1.0)))
+    np.testing.assert_array_equal(heard * 32768, samples)
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "luck"}, {"task": "dance"}, {"step": 0}, {"longest": 29}, {"language": "klingon"}]
+)
+def test_bad_options(options: dict[str, object]) -> None:
+    with pytest.raises(OptionError):
+        StreamOptions(**options)  # type: ignore[arg-type]
+
+
+def test_the_command_reads_a_pipe(tiny_en_path: Path, assets: Path) -> None:
+    data = (load_audio(assets / "speech.opus") * 32767).astype("<i2").tobytes()
+    command = [sys.executable, "-m", "dawhisper", "stream", "--input", "-", "--model", str(tiny_en_path), "--json"]
+    done = subprocess.run([*command, "--device", "cpu"], input=data, capture_output=True, timeout=120, check=True)
+    updates = [json.loads(line) for line in done.stdout.splitlines()]
+    said = "".join(segment["text"] for update in updates for segment in update["segments"])
+    assert "best establishments" in said
+    assert updates[-1]["end_of_turn"]
+
+
+class Microphone:
+    """sounddevice's InputStream, as far as it is used: a thread calls back with blocks of a recording."""
+
+    def __init__(self, samples: np.ndarray, at_end: Callable[[], None], hurried: bool):
+        self.samples, self.at_end, self.hurried = samples, at_end, hurried
+
+    def open(
+        self,
+        rate: int,
+        block: int,
+        device: int | str | None,
+        channels: int,
+        callback: Callable[..., None],
+        finished_callback: Callable[[], None],
+    ) -> Microphone:
+        if device == "broken":
+            raise Broken("Invalid number of channels [PaErrorCode -9998]")
+        if device == "none":
+            raise ValueError("No input device matching 'none'")
+        assert (rate, channels) == (16000, 1)
+        self.block, self.callback, self.finished = block, callback, finished_callback
+        self.thread = threading.Thread(target=self.play)
+        return self
+
+    def start(self) -> None:
+        self.thread.start()
+        if self.hurried:  # all is said before the program goes on
+            self.thread.join()
+
+    def play(self) -> None:
+        with contextlib.suppress(Abort):
+            for first in range(0, len(self.samples), self.block):
+                data = self.samples[first : first + self.block, None].copy()
+                self.callback(data, len(data), None, None)
+                data[:] = np.nan  # the buffer is PortAudio's
+            self.at_end()
+        self.finished()
+
+    def close(self) -> None:
+        self.thread.join()
+
+
+class Abort(Exception):
+    pass
+
+
+class Broken(Exception):
+    pass
+
+
+def plug_in(
+    monkeypatch: pytest.MonkeyPatch,
+    samples: np.ndarray,
+    at_end: Callable[[], None] = lambda: None,
+    hurried: bool = False,
+) -> None:
+    fake = ModuleType("sounddevice")
+    opened = Microphone(samples, at_end, hurried).open
+    vars(fake).update(InputStream=opened, PortAudioError=Broken, CallbackAbort=Abort)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+
+
+def hear(*arguments: str) -> int:
+    return main(["stream", "--device", "cpu", "--language", "en", *arguments])
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_the_microphone_until_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tiny_en_path: Path, assets: Path, capsys: pytest.CaptureFixture[str], hurried: bool
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    plug_in(monkeypatch, load_audio(assets / "speech.opus"), _thread.interrupt_main, hurried)
+    assert hear("--model", str(tiny_en_path)) == 0
+    out, err = capsys.readouterr()
+    assert words_in(out).endswith("very best establishments")
+    assert "Ctrl-C" in err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_microphone_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tiny_en_path: Path, assets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--model", str(tiny_en_path))
+    plug_in(monkeypatch, load_audio(assets / "speech.opus"))
+    assert hear(*model) == 1
+    out, err = capsys.readouterr()
+    assert words_in(out).endswith("very best establishments")  # what was said before
+    assert "the microphone has stopped" in err
+    for device in ("broken", "none"):
+        assert hear(*model, "--input_device", device) == 1
+        assert "name another with --input_device" in capsys.readouterr().err.splitlines()[-1]
+    plug_in(monkeypatch, np.zeros(16000, np.float32))
+    with monkeypatch.context() as patch:
+        patch.setattr("dawhisper.serve.stream.MIC_BACKLOG", 0.0)
+        assert hear(*model) == 1
+    assert "0 s behind the microphone; use a smaller model" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    assert hear(*model) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_wrong_source_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stream", "--input", "a.wav"]) == 1
+    assert capsys.readouterr().err.startswith("dawhisper: error: --input is mic or -")
