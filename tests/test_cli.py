@@ -178,7 +178,7 @@ def test_inference_loads_no_training_package() -> None:
         "dawhisper.noise.augment",
         "dawhisper.evaluation.run",
     )
-    code = f"import sys, dawhisper, dawhisper.output; print([m for m in {training} if m in sys.modules])"
+    code = f"import sys, dawhisper, dawhisper.transcribe_files; print([m for m in {training} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.strip() == "[]"

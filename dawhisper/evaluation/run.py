@@ -1,6 +1,6 @@
 """`dawhisper evaluate`: word errors of several models on the same seeded mixtures, by noise and SNR.
 
->>> from dawhisper.evaluate import EvaluateOptions, run
+>>> from dawhisper.evaluation.run import EvaluateOptions, run
 >>> results = run(EvaluateOptions(["test/manifest.jsonl"], models=["base", "mine.safetensors"], noise=["noise/"]))
 
 Hypotheses are appended to OUT/hypotheses*.jsonl as they come; a rerun decodes only what is missing there. Under

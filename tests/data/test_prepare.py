@@ -407,7 +407,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, how: signal.Signals) -> None:
     for k in range(300):
         write_wav(source / f"{k}.wav", 2.0, k)
     code = (
-        "from dawhisper.prepare import *\n"
+        "from dawhisper.data.prepare import *\n"
         "if __name__ == '__main__':\n"
         f"    prepare(PrepareOptions({str(source)!r}, {str(out)!r}, untranscribed=True, workers=2, progress=False))"
     )
