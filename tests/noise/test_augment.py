@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dawhisper.noise import augment as noise
 from dawhisper.errors import DataError, OptionError
+from dawhisper.noise import augment as noise
 from dawhisper.noise.augment import (
     KINDS,
     SPEEDS,
