@@ -25,7 +25,7 @@ from whisper.normalizers import EnglishTextNormalizer
 
 import dawhisper
 from dawhisper.audio import SAMPLE_RATE
-from dawhisper.noise.augment import add_noise
+from dawhisper.noise.mixing import add_noise
 from dawhisper.serve.stream import Stream, StreamOptions, Update, text_of
 
 normalize = EnglishTextNormalizer()

@@ -7,7 +7,6 @@ Tensors go one by one into a model that has no memory of its own, so weights are
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -32,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from dawhisper.fast.int8 import quantize
 
 from .errors import CheckpointError, OptionError
+from .files import replacing
 from .model import DualOptions, ModelDimensions, Whisper
 
 FORMAT_VERSION = 1
@@ -180,19 +180,15 @@ def save_model(
     for name, tensor in model.state_dict().items():
         tensors.update(_packed(name, tensor.detach().to("cpu", torch.float32), dtype))
     target = Path(path).expanduser()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={METADATA_KEY: json.dumps(config)})
-        part.chmod(0o644)
-        part.replace(target)
+        with replacing(target) as part:
+            save_file(tensors, part, metadata={METADATA_KEY: json.dumps(config)})
+            part.chmod(0o644)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{target}: cannot be written ({_line(e)}); choose another folder or free some space"
         ) from e
-    finally:
-        with contextlib.suppress(OSError):  # there is none where all went well
-            part.unlink()
 
 
 def read_config(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -253,22 +249,18 @@ def _downloaded(name: str, root: str | os.PathLike[str] | None) -> Path:
         if _sha256(target) == checksum:
             return target
         warnings.warn(f"{target} is not the file that OpenAI published; it is downloaded again", stacklevel=3)
-    part = target.with_name(f"{file_name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part)
-        if _sha256(part) != checksum:
-            raise CheckpointError(f"{url}: the download is damaged (its checksum is wrong); try again")
-        part.replace(target)
+        with replacing(target) as part:
+            _fetch(url, part)
+            if _sha256(part) != checksum:
+                raise CheckpointError(f"{url}: the download is damaged (its checksum is wrong); try again")
     except OSError as e:  # URLError is one
         reason = _line(getattr(e, "reason", None) or e)
         raise CheckpointError(
             f"model {name!r} is not in {target.parent} and cannot be downloaded ({reason}); get {file_name} from {url} "
             f"by other means and name the file itself as the model, for example /path/to/{file_name}"
         ) from e
-    finally:
-        with contextlib.suppress(OSError):  # there is none where all went well
-            part.unlink()
     return target
 
 

@@ -17,6 +17,7 @@ from .batched import BatchedRecording, iter_batched
 from .checkpoint import load_model
 from .decoding import language_code
 from .errors import DawhisperError, OptionError
+from .files import writable_folder
 from .model import Whisper
 from .transcribe import Segment, TranscribeOptions, Transcription, collect, transcribe_lazily
 
@@ -109,19 +110,6 @@ def fallback_temperatures(temperature: float, increment: float | None) -> tuple[
     if increment <= 0:
         raise OptionError(f"temperature_increment_on_fallback is above 0, or None for no fallback; not {increment}")
     return tuple(np.arange(temperature, 1.0 + 1e-6, increment).tolist()) or (temperature,)
-
-
-def writable_folder(folder: Path) -> None:
-    """Make the folder and try to write in it, so that hours of work don't end with nothing."""
-    probe = folder / ".dawhisper-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OptionError(
-            f"can't write to the output folder {folder}: {error.strerror}; choose another with --output_dir"
-        ) from None
 
 
 def usable_language(model: Whisper, name: str, language: str | None) -> str | None:

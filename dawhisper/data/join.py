@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.errors import DataError, OptionError
-from dawhisper.transcribe_files import writable_folder
+from dawhisper.files import writable_folder
 
 from .loader import with_durations
 from .manifest import (

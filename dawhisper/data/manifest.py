@@ -26,6 +26,7 @@ import numpy as np
 
 from dawhisper.audio import SAMPLE_RATE, load_audio, open_media
 from dawhisper.errors import DataError, DawhisperError
+from dawhisper.files import write_lines
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
 T = TypeVar("T")
@@ -168,14 +169,6 @@ def _utterance(line: Any, folder: Path) -> Utterance:
 
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
     write_lines(path, (manifest_line(u, path.parent) for u in utterances))
-
-
-def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write a text file, which is replaced whole."""
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    temporary.replace(path)
 
 
 def manifest_line(u: Utterance, folder: Path) -> str:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.errors import DataError, OptionError
-from dawhisper.noise.augment import AUDIO_SUFFIXES, audio_files
+from dawhisper.files import AUDIO_SUFFIXES, audio_files, write_lines
 
 from .manifest import (
     MAX_SECONDS,
@@ -40,7 +40,6 @@ from .manifest import (
     read_manifest,
     read_shard,
     start_process,
-    write_lines,
     write_manifest,
 )
 

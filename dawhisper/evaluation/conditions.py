@@ -24,16 +24,10 @@ from whisper.tokenizer import TO_LANGUAGE_CODE
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.data.manifest import Report, Utterance, read_manifest
 from dawhisper.errors import DataError, OptionError, near_names
-from dawhisper.noise.augment import (
-    COLOURS,
-    Mixture,
-    NoiseBank,
-    active_power,
-    add_noise,
-    colored_noise,
-    measure_snr,
-    reverberate,
-)
+from dawhisper.noise.channels import reverberate
+from dawhisper.noise.generators import COLOURS, colored_noise
+from dawhisper.noise.mixing import Mixture, active_power, add_noise, measure_snr
+from dawhisper.noise.recordings import NoiseBank
 
 WITH_SNR = ("white", "pink", "brown", "babble", "real")
 KINDS = ("clean", *WITH_SNR, "reverb", "noise-only")

@@ -17,7 +17,7 @@ from torch import Tensor
 from dawhisper.audio import N_SAMPLES_PER_TOKEN
 from dawhisper.decoding import DecodingOptions, initial_tokens, model_tokenizer
 from dawhisper.model import Trace, Whisper
-from dawhisper.noise.augment import Mixture
+from dawhisper.noise.mixing import Mixture
 
 from .conditions import Condition
 from .metrics import pearson, spearman

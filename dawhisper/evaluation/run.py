@@ -28,7 +28,8 @@ from dawhisper.audio import N_SAMPLES, SAMPLE_RATE
 from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
-from dawhisper.noise.augment import Mixture, NoiseBank
+from dawhisper.noise.mixing import Mixture
+from dawhisper.noise.recordings import NoiseBank
 from dawhisper.transcribe import mel_batch
 
 from . import metrics

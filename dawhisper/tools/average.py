@@ -10,8 +10,8 @@ import torch
 
 from dawhisper.checkpoint import load_model, read_config, save_model
 from dawhisper.errors import OptionError
+from dawhisper.files import writable_folder
 from dawhisper.model import Whisper
-from dawhisper.transcribe_files import writable_folder
 
 RANDOM_START = ("gate", "noise_embed", "noise_scale")
 

@@ -31,8 +31,8 @@ from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
 from dawhisper.checkpoint import load_model, quantize_rows
 from dawhisper.decoding import DecodingOptions, decode_windows
 from dawhisper.errors import CheckpointError, OptionError
+from dawhisper.files import writable_folder
 from dawhisper.model import AudioFeatures, CrossMemory, DualOptions, ModelDimensions, Trace, Whisper, merge
-from dawhisper.transcribe_files import writable_folder
 
 FORMATS = ("onnx", "torch")
 DTYPES = ("fp32", "fp16", "int8")

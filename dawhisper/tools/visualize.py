@@ -27,12 +27,12 @@ from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
 from dawhisper.checkpoint import OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
 from dawhisper.errors import AudioError, OptionError
+from dawhisper.files import writable_folder
 from dawhisper.model import AudioFeatures, Trace, Whisper
-from dawhisper.noise.augment import add_noise
+from dawhisper.noise.mixing import add_noise
 from dawhisper.timing import Word, find_alignment
 from dawhisper.training.losses import noise_dominance
 from dawhisper.transcribe import TranscribeOptions
-from dawhisper.transcribe_files import writable_folder
 
 FORMATS = ("html", "json", "png")
 FORMAT_VERSION = 1

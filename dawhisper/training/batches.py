@@ -17,7 +17,9 @@ from dawhisper.data.loader import Batch, make_loader, silence_targets
 from dawhisper.distributed import World
 from dawhisper.errors import OptionError
 from dawhisper.model import Whisper
-from dawhisper.noise.augment import NOISE_LEVELS, Augment, NoiseBank, spec_augment, step_generator
+from dawhisper.noise.augment import NOISE_LEVELS, Augment, spec_augment
+from dawhisper.noise.random_numbers import step_generator
+from dawhisper.noise.recordings import NoiseBank
 
 from .losses import IGNORE, frame_mask, noise_dominance
 from .objective import Inputs, pad_tokens

@@ -14,7 +14,7 @@ from dawhisper.distributed import World
 from dawhisper.evaluation.conditions import Condition, Item, Mixer, conditions, read_items
 from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import Whisper
-from dawhisper.noise.augment import NoiseBank
+from dawhisper.noise.recordings import NoiseBank
 
 from .recipe import DataOptions, EvaluateOptions
 

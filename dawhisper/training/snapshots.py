@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dawhisper.errors import CheckpointError
+from dawhisper.files import replacing
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -40,12 +41,10 @@ def write(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     """Save under a temporary name, rename, and remove all but the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step:07d}.pt"
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
     for old in snapshots(folder)[:-keep]:
         old.unlink()
     return path

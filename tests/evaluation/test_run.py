@@ -29,7 +29,8 @@ from dawhisper.evaluation.recognizers import ModelSpec, check_models, parse_mode
 from dawhisper.evaluation.run import EvaluateOptions, plan, read_hypotheses, run
 from dawhisper.evaluation.scores import Hypothesis, Scorer
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
-from dawhisper.noise.augment import Mixture, NoiseBank, measure_snr
+from dawhisper.noise.mixing import Mixture, measure_snr
+from dawhisper.noise.recordings import NoiseBank
 from dawhisper.transcribe import mel_batch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
