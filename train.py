@@ -36,21 +36,13 @@ from dawhisper.training import snapshots as snapshot
 from dawhisper.training.batches import Feed
 from dawhisper.training.cuda_graphs import TOKEN_MULTIPLE, Replay
 from dawhisper.training.dev_set import DevSet
+from dawhisper.training.inputs import Inputs, count
 from dawhisper.training.log import Log
-from dawhisper.training.objective import (
-    Inputs,
-    Student,
-    Teacher,
-    attention_kernel,
-    check_teacher,
-    count,
-    freeze,
-    parallelise,
-    shrink,
-    taught_layers,
-)
+from dawhisper.training.objective import Student, Teacher
 from dawhisper.training.optimizer import Average, make_optimizer, optimizer_step, rate_factor, set_rate
+from dawhisper.training.parallel import attention_kernel, parallelise
 from dawhisper.training.recipe import Recipe, differences, read_recipe, to_dict
+from dawhisper.training.surgery import check_teacher, freeze, shrink, taught_layers
 
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM
 

@@ -32,10 +32,12 @@ from dawhisper.distributed import World
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.tools.flops import peak_flops, training_flops
 from dawhisper.training.cuda_graphs import Replay
+from dawhisper.training.inputs import Inputs, count
 from dawhisper.training.losses import IGNORE
-from dawhisper.training.objective import Inputs, Student, Teacher, attention_kernel, count, parallelise
+from dawhisper.training.objective import ObjectiveOptions, Student, Teacher
 from dawhisper.training.optimizer import make_optimizer, optimizer_step
-from dawhisper.training.recipe import ObjectiveOptions, OptimOptions
+from dawhisper.training.parallel import attention_kernel, parallelise
+from dawhisper.training.recipe import OptimOptions
 
 SIZES = {
     "tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),

@@ -21,7 +21,8 @@ import train
 from dawhisper.checkpoint import load_model, read_config, save_model
 from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
-from dawhisper.training.objective import Student, Teacher, shrink
+from dawhisper.training.objective import Student, Teacher
+from dawhisper.training.surgery import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ("augment.noise_prob=0", "augment.noise_only_prob=0", "augment.clean_prob=1")  # the same audio on any rank

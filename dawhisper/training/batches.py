@@ -21,8 +21,8 @@ from dawhisper.noise.augment import NOISE_LEVELS, Augment, spec_augment
 from dawhisper.noise.random_numbers import step_generator
 from dawhisper.noise.recordings import NoiseBank
 
+from .inputs import Inputs, pad_tokens
 from .losses import IGNORE, frame_mask, noise_dominance
-from .objective import Inputs, pad_tokens
 from .recipe import Recipe
 
 SPEC_AUGMENT, CONTEXT = 1, 2  # streams of random numbers beside the augmentation's own

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dawhisper.fast.cache import captured
 
-from .objective import Inputs
+from .inputs import Inputs
 
 TOKEN_MULTIPLE = 32  # tokens are padded to it: each shape is a graph
 MOST_GRAPHS = 64  # rarer shapes run as they do without

@@ -16,7 +16,7 @@ from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import Whisper
 from dawhisper.noise.recordings import NoiseBank
 
-from .recipe import DataOptions, EvaluateOptions
+from .recipe import DataOptions, DevSetOptions
 
 
 class DevSet:
@@ -25,7 +25,7 @@ class DevSet:
     Every utterance is heard clean and in `per_clip` of the noisy conditions, taken in turn over the utterances.
     """
 
-    def __init__(self, data: DataOptions, options: EvaluateOptions, seed: int, world: World):
+    def __init__(self, data: DataOptions, options: DevSetOptions, seed: int, world: World):
         self.options, self.world = options, world
         items = [item for manifest in read_items(data.dev) for item in _some(manifest, options.clips)]
         items = [item for item in items if item.seconds <= CHUNK_LENGTH]

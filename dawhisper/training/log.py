@@ -17,7 +17,7 @@ from dawhisper.model import Whisper
 from dawhisper.tools.flops import peak_flops, training_flops
 
 from .batches import Feed
-from .objective import Inputs
+from .inputs import Inputs
 from .recipe import Recipe
 
 

@@ -8,35 +8,43 @@ is asked first, and what it says goes in as constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dawhisper.distributed import World
-from dawhisper.errors import OptionError
-from dawhisper.model import ModelDimensions, Trace, Whisper, is_second_branch
+from dawhisper.model import Trace, Whisper
 
 from . import losses
-from .recipe import ModelOptions, ObjectiveOptions
+from .inputs import Inputs
+from .option_types import Scale, Several
 
-COUNTS = ("speech", "silence", "target", "frame", "noisy")  # what the losses are divided by, see `count`
 
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Weights of the objectives, see losses.py; 0 leaves one out.
 
-class Inputs(NamedTuple):
-    """One micro-batch as the student takes it. S samples, n tokens, T encoder positions, all on one device."""
+    cross_entropy: transcripts, or the teacher's text; silence: noise-only windows get Whisper's no-speech target;
+    logits, encoder, attention: label-free distillation from the teacher (encoder: the secondary's memory learns it
+    where it has layers of its own, else the encoder output); gate: supervision by the mixture's SNR;
+    noise_attention, noise_mel: what the secondary branch should know of the noise (`noise_layers`: which decoder
+    layers attend to it, None = all).
+    """
 
-    mel: Tensor  # [B, n_mels, 2T] what the student hears
-    tokens: Tensor  # [B, n] decoder input
-    labels: Tensor  # [B, n] next tokens, losses.IGNORE where there is no loss
-    snr_db: Tensor  # [B] +inf without noise, -inf for noise alone
-    frames: Tensor  # [B, T] bool, encoder positions that hear audio
-    clean_mel: Tensor | None = None  # [B, n_mels, 3000 or 2T] what the teacher hears
-    noise_mel: Tensor | None = None  # [B, n_mels, 2T] the noise alone
-    dominance: Tensor | None = None  # [B, T] the noise's share of the energy
+    cross_entropy: float = 0.0
+    label_smoothing: float = 0.0
+    silence: float = 0.1
+    logits: float = 1.0
+    temperature: Scale = 1.0
+    encoder: float = 1.0
+    attention: float = 1.0
+    gate: float = 0.1
+    gate_centre_db: float = 7.5
+    gate_width_db: Scale = 5.0
+    noise_attention: float = 0.0
+    noise_layers: Several[int] | None = None
+    noise_mel: float = 0.0
 
 
 class Lesson(NamedTuple):
@@ -45,15 +53,6 @@ class Lesson(NamedTuple):
     logits: Tensor | None  # [B, n, V]
     encoder: Tensor | None  # [B, T, d]
     attention: tuple[Tensor, ...] | None  # [B, n, d] for each of the student's layers: cross-attention output
-
-
-def count(inputs: Inputs) -> Tensor:
-    """How many positions each kind of loss covers in this micro-batch: float [5], see COUNTS."""
-    target = inputs.labels != losses.IGNORE
-    silent = (inputs.snr_db == -torch.inf)[:, None]
-    noisy = torch.isfinite(inputs.snr_db)[:, None] | silent
-    masks = (target & ~silent, target & silent, target, inputs.frames, target & noisy)
-    return torch.stack([mask.sum() for mask in masks]).float()
 
 
 class Heard(NamedTuple):
@@ -167,56 +166,6 @@ class Student(nn.Module):
         return total, report
 
 
-def parallelise(
-    student: Student, teacher: Teacher | None, world: World, compile: str, fsdp: bool, graph: bool = False
-) -> nn.Module:
-    """What the loop calls in the student's place: compiled, and shared by the world's processes.
-
-    compile "encoder": the encoders' blocks, which take most of the time; one stands for all, so it compiles in seconds;
-    "blocks": the decoders' too, where they are not sharded; "model": the whole forward pass, anew for each length of
-    audio and text.
-    graph: replayed passes exchange no gradients, so the loop does.
-    """
-    torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
-    if compile in ("encoder", "blocks"):
-        for model in [student.model] if teacher is None else [student.model, teacher.model]:
-            model.compile_blocks(decoder=compile == "blocks" and not fsdp)
-    parallel: nn.Module = student
-    if fsdp:
-        parallel = shard(student, world)
-    elif world.size > 1 and not graph:
-        parallel = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if compile == "model":
-        parallel.compile(dynamic=False)
-        if teacher is not None:
-            teacher.compile(dynamic=False)
-    return parallel
-
-
-def attention_kernel(name: str) -> AbstractContextManager[Any]:
-    """Which kernel scaled_dot_product_attention tries first: "default" leaves it to torch, or "cudnn", "flash"."""
-    if name == "default":
-        return nullcontext()
-    first = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
-    others = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    return sdpa_kernel([first, *(kernel for kernel in others if kernel != first)], set_priority=True)
-
-
-def shard(student: Student, world: World) -> nn.Module:
-    """Fully sharded: each device holds a part of every block's weights, gradients and moments (FSDP2)."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    if not torch.distributed.is_initialized():
-        raise OptionError("loop.fsdp=true needs torchrun: torchrun --nproc_per_node N train.py ...")
-    model = student.model
-    for block in [*model.encoder.blocks, *model.encoder.secondary_blocks, *model.decoder.blocks]:
-        fully_shard(block)
-        if hasattr(block, "memory"):
-            register_fsdp_forward_method(block, "memory")
-    fully_shard(student)
-    return student
-
-
 def mean_gate(gate: Tensor, snr_db: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The gate [L, B, n] summed over clean and over noisy windows, and how many positions that is."""
     level = gate.float().mean(0)  # [B, n]
@@ -228,91 +177,3 @@ def mean_gate(gate: Tensor, snr_db: Tensor, target: Tensor) -> dict[str, Tensor]
         "gate_noisy_sum": (level * noisy).sum(),
         "gate_noisy_count": noisy.sum().float(),
     }
-
-
-def shrink(model: Whisper, encoder_layers: Sequence[int] | None, decoder_layers: Sequence[int] | None) -> Whisper:
-    """A smaller student from the chosen layers of a model (as in Distil-Whisper, arXiv:2311.00430, section 3)."""
-    dims = model.dims
-    chosen_encoder = _layers("model.encoder_layers", encoder_layers, dims.n_audio_layer)
-    chosen_decoder = _layers("model.decoder_layers", decoder_layers, dims.n_text_layer)
-    sizes = vars(dims) | {"n_audio_layer": len(chosen_encoder), "n_text_layer": len(chosen_decoder)}
-    if model.dual is not None and model.dual.memory_layers > len(chosen_encoder):
-        raise OptionError(
-            f"model.encoder_layers is {chosen_encoder}: fewer layers than the {model.dual.memory_layers} that the "
-            "secondary's memory has of its own"
-        )
-    student = Whisper(ModelDimensions(**sizes), model.dual, model.variable_audio_ctx)
-    weights = {}
-    for name, value in model.state_dict().items():
-        part, *rest = name.split(".")
-        chosen = chosen_encoder if part == "encoder" else chosen_decoder
-        if rest and rest[0] == "blocks":
-            if int(rest[1]) not in chosen:
-                continue
-            rest[1] = str(chosen.index(int(rest[1])))
-        if name == "encoder.mixture":
-            value = value[list(chosen)]
-        weights[".".join([part, *rest])] = value
-    student.load_state_dict(weights)
-    student.knows_silence = model.knows_silence
-    if len(chosen_decoder) == dims.n_text_layer:
-        student.alignment_heads = model.alignment_heads
-    return student.to(model.device)
-
-
-def _layers(key: str, chosen: Sequence[int] | None, n_layer: int) -> list[int]:
-    layers = list(range(n_layer)) if chosen is None else list(chosen)
-    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < n_layer for layer in layers):
-        raise OptionError(f"{key} is {layers}; the start model has layers 0 to {n_layer - 1}, each taken once")
-    return layers
-
-
-def taught_layers(student: Whisper, teacher: Whisper, options: ModelOptions) -> list[int]:
-    """The teacher layer that each decoder layer of the student learns from: its origin, or evenly spread ones."""
-    n, m = student.dims.n_text_layer, teacher.dims.n_text_layer
-    if options.decoder_layers is not None and max(options.decoder_layers) < m:
-        return list(options.decoder_layers)
-    return [round((i + 1) * m / n) - 1 for i in range(n)] if n <= m else [i * m // n for i in range(n)]
-
-
-def check_teacher(student: Whisper, teacher: Whisper, options: ObjectiveOptions) -> None:
-    """Raise OptionError where an objective can't compare the two."""
-    a, b = student.dims, teacher.dims
-    if options.logits and a.n_vocab != b.n_vocab:
-        raise OptionError(
-            f"the teacher has {b.n_vocab} tokens and the student {a.n_vocab}: logits can't be compared; "
-            "take a teacher of the same vocabulary or set objective.logits=0"
-        )
-    if options.encoder and a.n_audio_state != b.n_audio_state:
-        raise OptionError(
-            f"the encoders' widths differ ({a.n_audio_state} and {b.n_audio_state}): set objective.encoder=0"
-        )
-    if options.attention and a.n_text_state != b.n_text_state:
-        raise OptionError(
-            f"the decoders' widths differ ({a.n_text_state} and {b.n_text_state}): set objective.attention=0"
-        )
-    if a.n_mels != b.n_mels:
-        raise OptionError(f"the teacher hears {b.n_mels} mel bands and the student {a.n_mels}: take another teacher")
-
-
-def freeze(model: Whisper, parts: Sequence[str]) -> None:
-    """Leave only what is to be trained with gradients. What may be frozen: recipe.FREEZABLE."""
-    model.unfreeze()
-    if "encoder" in parts:
-        model.freeze_encoder()
-    if "primary" in parts:
-        model.freeze_primary_decoder()
-    if "embedding" in parts:
-        model.decoder.token_embedding.requires_grad_(False)
-    for part, module in (("memory", model.encoder), ("secondary", model)):
-        for name, parameter in module.named_parameters():
-            if part in parts and is_second_branch(name):
-                parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise OptionError(f"freeze={list(parts)} leaves nothing to train")
-
-
-def pad_tokens(x: Tensor, multiple: int, value: int, limit: int) -> Tensor:
-    """[B, n] -> [B, m], m the next multiple within the limit: few shapes mean few compilations."""
-    n = x.shape[1]
-    return F.pad(x, (0, min(-n % multiple, max(0, limit - n))), value=value)

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dawhisper.data.loader import TargetOptions
 from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions
 from dawhisper.noise.augment import AugmentOptions
 
-T = TypeVar("T")
-
+from .objective import ObjectiveOptions
+from .option_types import Count, Several, Text
 
 # Whisper's own encoder; its own decoder, and of that the tokens' embeddings alone; all of the second branch, and of
 # that what lies in the encoder: its own layers and the layer mixture
-FREEZABLE = ("encoder", "primary", "embedding", "secondary", "memory")
+Freezable = Literal["encoder", "primary", "embedding", "secondary", "memory"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,12 +59,12 @@ class ModelOptions:
     model, for distillation to a smaller student. dual: off trains a single-branch model, the control.
     """
 
-    name: str = "base"
-    teacher: str | None = None
+    name: Text = "base"
+    teacher: Text | None = None
     dual: bool = True
     branch: DualOptions = field(default_factory=DualOptions)
-    encoder_layers: tuple[int, ...] | None = None
-    decoder_layers: tuple[int, ...] | None = None
+    encoder_layers: Several[int] | None = None
+    decoder_layers: Several[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,44 +77,18 @@ class DataOptions:
     what the student hears; snr_curriculum: steps over which the lowest SNR falls from the highest to its own.
     """
 
-    train: tuple[str, ...] = ()
-    noise: tuple[str, ...] = ()
-    rir: tuple[str, ...] = ()
-    babble: tuple[str, ...] = ()
-    dev: tuple[str, ...] = ()
-    dev_noise: tuple[str, ...] = ()
-    batch_size: int = 32
+    train: Several[Text] = ()
+    noise: Several[Text] = ()
+    rir: Several[Text] = ()
+    babble: Several[Text] = ()
+    dev: Several[Text] = ()
+    dev_noise: Several[Text] = ()
+    batch_size: Count = 32
     workers: int = 4
     in_memory: bool = False
     spec_augment: bool = False
     snr_curriculum: int = 0
     targets: TargetOptions = field(default_factory=TargetOptions)
-
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """Weights of the objectives, see losses.py; 0 leaves one out.
-
-    cross_entropy: transcripts, or the teacher's text; silence: noise-only windows get Whisper's no-speech target;
-    logits, encoder, attention: label-free distillation from the teacher (encoder: the secondary's memory learns it
-    where it has layers of its own, else the encoder output); gate: supervision by the mixture's SNR;
-    noise_attention, noise_mel: what the secondary branch should know of the noise (`noise_layers`: which decoder
-    layers attend to it, None = all).
-    """
-
-    cross_entropy: float = 0.0
-    label_smoothing: float = 0.0
-    silence: float = 0.1
-    logits: float = 1.0
-    temperature: float = 1.0
-    encoder: float = 1.0
-    attention: float = 1.0
-    gate: float = 0.1
-    gate_centre_db: float = 7.5
-    gate_width_db: float = 5.0
-    noise_attention: float = 0.0
-    noise_layers: tuple[int, ...] | None = None
-    noise_mel: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,27 +128,27 @@ class LoopOptions:
     this process may take, for several runs side by side.
     """
 
-    steps: int = 1500
-    accumulate: int = 1
-    precision: str = "auto"
-    compile: str = "auto"
+    steps: Count = 1500
+    accumulate: Count = 1
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: Literal["auto", "off", "encoder", "blocks", "model"] = "auto"
     graph: bool = False
-    attention: str = "flash"
+    attention: Literal["default", "cudnn", "flash"] = "flash"
     gradient_checkpointing: bool = False
     fsdp: bool = False
     deterministic: bool = False
     variable_ctx: float = 0.0
-    ctx_multiple: int = 250
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
+    ctx_multiple: Count = 250
+    log_every: Count = 10
+    save_every: Count = 500
+    keep: Count = 2
     max_bad_steps: int = 20
     memory_share: float = 1.0
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """Dev WER, clean and in noise that is the same every time (mixtures.py: kinds real, babble, white, reverb ...).
+class DevSetOptions:
+    """Dev WER, clean and in noise that is the same every time: kinds and SNRs as in evaluation/conditions.py.
 
     every: steps between evaluations, 0 = never; per_clip: noisy conditions that each clip is heard in, taken in turn;
     clips: how many of each manifest to use, 0 = all; max_tokens: most tokens decoded a window; patience: evaluations
@@ -181,8 +156,8 @@ class EvaluateOptions:
     """
 
     every: int = 250
-    kinds: tuple[str, ...] = ("real", "babble", "white")
-    snr_db: tuple[float, ...] = (10.0, 5.0, 0.0)
+    kinds: Several[str] = ("real", "babble", "white")
+    snr_db: Several[float] = (10.0, 5.0, 0.0)
     per_clip: int = 2
     clips: int = 0
     batch_size: int = 32
@@ -194,41 +169,26 @@ class EvaluateOptions:
 class Recipe:
     """Everything a run needs.
 
-    resume: none, auto (the newest checkpoint of `out`, if any) or a checkpoint file; freeze: see FREEZABLE.
+    resume: none, auto (the newest checkpoint of `out`, if any) or a checkpoint file; freeze: see Freezable.
     """
 
-    out: str = "runs/train"
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # of all options below it too
+
+    out: Text = "runs/train"
     seed: int = 0
     device: str = "auto"
-    resume: str = "none"
+    resume: Text = "none"
     dry_run: bool = False
-    freeze: tuple[str, ...] = ()
+    freeze: Several[Freezable] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     augment: AugmentOptions = field(default_factory=AugmentOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    evaluate: DevSetOptions = field(default_factory=DevSetOptions)
 
     def __post_init__(self) -> None:
-        _one_of("freeze", self.freeze, FREEZABLE)
-        _one_of("loop.precision", [self.loop.precision], ("auto", "bf16", "fp16", "fp32"))
-        _one_of("loop.compile", [self.loop.compile], ("auto", "off", "encoder", "blocks", "model"))
-        _one_of("loop.attention", [self.loop.attention], ("default", "cudnn", "flash"))
-        for key, value, least in (
-            ("data.batch_size", self.data.batch_size, 1),
-            ("loop.steps", self.loop.steps, 1),
-            ("loop.accumulate", self.loop.accumulate, 1),
-            ("loop.log_every", self.loop.log_every, 1),
-            ("loop.save_every", self.loop.save_every, 1),
-            ("loop.keep", self.loop.keep, 1),
-            ("loop.ctx_multiple", self.loop.ctx_multiple, 1),
-            ("objective.gate_width_db", self.objective.gate_width_db, 1e-3),
-            ("objective.temperature", self.objective.temperature, 1e-3),
-        ):
-            if value < least:
-                raise OptionError(f"{key} is {value}; it must be at least {least}")
         if not self.objective.cross_entropy and not self.objective.logits:
             raise OptionError("nothing teaches the decoder: set objective.cross_entropy or objective.logits above 0")
         if self.loop.fsdp and (self.optim.ema or self.loop.precision == "fp16"):
@@ -260,12 +220,16 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:
     """Build and check a recipe from nested dictionaries."""
-    return _build(Recipe, tree, "")
+    given = {key: value for key, value in tree.items() if value is not None}  # a section without lines
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(given))
+    except ValidationError as error:
+        raise OptionError(_complaint(error)) from None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested dictionaries of plain values, for a checkpoint's metadata; `from_dict` reads them back."""
-    return _plain(dataclasses.asdict(recipe))
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -314,28 +278,47 @@ def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def _build(kind: type[T], tree: Any, prefix: str) -> T:
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, Mapping):
-        raise OptionError(f"{prefix.rstrip('.')} needs keys of its own, not {_describe(tree)}")
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in tree:
-        if key not in names:
-            raise OptionError(f"unknown key {prefix}{key}; {_near(f'{prefix}{key}', prefix, names)}")
-    values = {key: _coerce(value, hints[key], f"{prefix}{key}") for key, value in tree.items()}
-    try:
-        return kind(**values)
-    except ValueError as error:  # an option class that checks itself
-        raise OptionError(str(error)) from None
+def _complaint(error: ValidationError) -> str:
+    """The first of pydantic's findings as one line that names the key, with the nearest known name."""
+    found, *others = error.errors()
+    *section, name = path = [part for part in found["loc"] if isinstance(part, str) and part.isidentifier()] or [""]
+    key, value, context = ".".join(path), found["input"], found.get("ctx", {})
+    match found["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown key {key}; {_near(section, name)}"
+        case "literal_error":
+            known = re.findall(r"'(.*?)'", context["expected"])
+            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+            return f"{key} is {value!r}; " + (
+                f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}"
+            )
+        case "greater_than_equal":
+            return f"{key} is {value}; it must be at least {context['ge']}"
+        case "missing" | "too_long":
+            wanted = context.get("max_length", len(value) + 1 + len(others))
+            return f"{key} needs {wanted} values, not {len(value)}: {value!r}"
+        case "value_error":  # options that check themselves
+            return str(context["error"])
+    wanted = {
+        "bool_type": "must be true or false",
+        "int_type": "must be a whole number",
+        "float_type": "must be a number",
+        "string_type": "must be text",
+        "dataclass_type": "needs keys of its own",
+    }.get(found["type"])
+    return f"{key} {wanted}, not {_describe(value)}" if wanted else f"{key}: {found['msg']}"
 
 
-def _near(key: str, prefix: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key[len(prefix) :], names, n=2, cutoff=0.5)
+def _near(section: Sequence[str], name: str) -> str:
+    """What may have been meant by an unknown name in a section of the recipe."""
+    kind: Any = Recipe
+    for part in section:
+        kind = typing.get_type_hints(kind)[part]
+    prefix, names = "".join(f"{part}." for part in section), [f.name for f in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     if near:
-        return "did you mean " + " or ".join(prefix + name for name in near) + "?"
-    elsewhere = [known for known in _keys(Recipe) if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        return "did you mean " + " or ".join(prefix + one for one in near) + "?"
+    elsewhere = [known for known in _keys(Recipe) if known.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"{prefix.rstrip('.') or 'the recipe'} knows {', '.join(names)}"
@@ -349,66 +332,5 @@ def _keys(kind: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type of the annotation, or OptionError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [a for a in arguments if a is not type(None)]
-        for option in options[:-1]:
-            try:
-                return _coerce(value, option, key)
-            except OptionError:
-                continue
-        return _coerce(value, options[-1], key)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, f"{key}.")
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise OptionError(f"{key} is {value!r}; it must be one of {', '.join(map(str, arguments))}")
-        return value
-    if origin in (tuple, list):
-        return _coerce_sequence(value, hint, key)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise OptionError(f"{key} needs keys of its own, not {_describe(value)}")
-        return {k: _coerce(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
-    raise OptionError(f"{key} must be {wanted}, not {_describe(value)}")
-
-
-def _coerce_sequence(value: Any, hint: Any, key: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    items = list(value) if isinstance(value, (list, tuple)) else [value]  # one item needs no brackets
-    if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
-        if len(items) != len(arguments):
-            raise OptionError(f"{key} needs {len(arguments)} values, not {len(items)}: {value!r}")
-        return tuple(_coerce(item, a, key) for item, a in zip(items, arguments))
-    return origin(_coerce(item, arguments[0], key) for item in items)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _describe(value: Any) -> str:
     return "nothing" if value is None else f"{value!r}"
-
-
-def _one_of(key: str, values: Sequence[str], known: Sequence[str]) -> None:
-    for value in values:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}"
-            raise OptionError(f"{key} is {value!r}; {hint}")

@@ -12,9 +12,9 @@ from torch import Tensor
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.training import cuda_graphs as replay
 from dawhisper.training.cuda_graphs import Passes, Replay
+from dawhisper.training.inputs import Inputs, count
 from dawhisper.training.losses import IGNORE
-from dawhisper.training.objective import Inputs, Student, Teacher, count
-from dawhisper.training.recipe import ObjectiveOptions
+from dawhisper.training.objective import ObjectiveOptions, Student, Teacher
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DIMS = ModelDimensions(80, 60, 64, 2, 2, 500, 48, 64, 2, 2)

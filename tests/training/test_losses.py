@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions, ModelDimensions, Whisper, is_second_branch
 from dawhisper.tools.flops import forward_flops
 from dawhisper.training import losses
-from dawhisper.training.objective import Inputs, Student, Teacher, count, freeze, taught_layers
+from dawhisper.training.inputs import Inputs, count
+from dawhisper.training.objective import ObjectiveOptions, Student, Teacher
 from dawhisper.training.optimizer import make_optimizer, optimizer_step, parameter_groups, rate_factor
-from dawhisper.training.recipe import FREEZABLE, ModelOptions, ObjectiveOptions, OptimOptions
+from dawhisper.training.recipe import Freezable, ModelOptions, OptimOptions
+from dawhisper.training.surgery import freeze, taught_layers
 
 TRUE = torch.ones(1, 2, dtype=torch.bool)
 
@@ -196,9 +199,9 @@ def test_what_may_be_frozen() -> None:
         "secondary": second,
         "memory": in_encoder & second,
     }
-    assert set(frozen) == set(FREEZABLE)
-    for one in FREEZABLE:
-        for other in FREEZABLE:
+    assert set(frozen) == set(get_args(Freezable))
+    for one in get_args(Freezable):
+        for other in get_args(Freezable):
             if frozen[one] | frozen[other] != every:
                 freeze(model, [one, other])
                 stays = {name for name, p in model.named_parameters() if not p.requires_grad}
