@@ -8,13 +8,15 @@ item's features do not depend on its neighbours.
 from __future__ import annotations
 
 import difflib
+import io
+import math
 import os
 import warnings
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, Union
 
 import numpy as np
 import torch
@@ -22,10 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AudioError, OptionError
-
-if TYPE_CHECKING:
-    from av.audio.stream import AudioStream
-    from av.container import InputContainer
+from .media import Media, in_range, mix, opened, scale_of, to_float, unreadable
 
 SAMPLE_RATE = 16000
 N_FFT = 400
@@ -37,50 +36,51 @@ N_SAMPLES_PER_TOKEN = HOP_LENGTH * 2  # the encoder's second convolution has str
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH  # a frame is 10 ms
 TOKENS_PER_SECOND = SAMPLE_RATE // N_SAMPLES_PER_TOKEN  # an encoder position is 20 ms
 
+MIXED = SAMPLE_RATE  # samples whose channels are mixed alike
 MAX_CHANNELS = 64  # a 2-D array with more rows and columns than this is no multi-channel recording
 SEEK_FROM = 10.0  # seconds; decoding this much is as quick as seeking, and exact in every format
-SEEK_MARGIN = 1.0  # seconds decoded before `start` so that codecs with memory have settled
 STFT_FRAMES = 30000  # spectrogram frames computed at once (5 minutes), to bound the memory of long recordings
 
 ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
+Source = Union[str, "os.PathLike[str]", bytes, BinaryIO, np.ndarray, Tensor, Sequence[float]]  # what can be heard
 
 
 def load_audio(
-    source: str | os.PathLike[str] | BinaryIO | np.ndarray | Tensor,
+    source: Source,
     sr: int = SAMPLE_RATE,
     start: float = 0.0,
     end: float | None = None,
+    track: int | None = None,
 ) -> np.ndarray:
     """Decode a recording to mono float32 samples.
 
     Parameters
     ----------
-    source: a file of any format that ffmpeg reads (audio, or a video's sound track), an address (http://...), an open
-        binary file, or samples that are at `sr` already: float in [-1, 1], or int16/int32/uint8; shape [n], or 2-D
-        where the smaller dimension is the channels
+    source: a file of any format that ffmpeg reads (audio, or a video's sound track), an address (http://...), a file's
+        bytes, an open binary file, or samples that are at `sr` already: float in [-1, 1], or int16/int32/uint8; shape
+        [n], or 2-D where the smaller dimension is the channels; a list of floats is samples too
     sr: samples per second of the result
     start, end: the part to return, in seconds; far into a file this seeks, which some formats place to a millisecond
+    track: which of a file's sound tracks, counted from 1; None: the default one
 
     Returns
     -------
-    float32 samples in [-1, 1], shape [n] with n > 0; channels are mixed down to one
+    float32 samples in [-1, 1], shape [n] with n > 0; channels are mixed down to one. The times are those of the media:
+    where the sound of a video starts late or has a gap, there is silence.
 
     Raises
     ------
     AudioError: one line that names the source and says what is wrong with it
     """
-    if start < 0 or (end is not None and end <= start):
+    if not 0 <= start < math.inf or (end is not None and not start < end):
         raise AudioError(f"cannot take the part from {start:g} s to {end} s: it needs 0 <= start < end")
-    if isinstance(source, (np.ndarray, Tensor)):
+    if is_file(source):
+        file, name = _file(source)
+        samples, length = _decode(file, name, sr, start, end, track)
+    else:
         samples, name = _from_array(source), "the array"
         length = len(samples) / sr
         samples = samples[round(start * sr) : None if end is None else round(end * sr)]
-    elif isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        samples, length = _decode(_checked_path(name), name, sr, start, end)
-    else:
-        name = str(getattr(source, "name", "the open file"))
-        samples, length = _decode(source, name, sr, start, end)
     if len(samples) == 0:
         if length and start >= length:
             raise AudioError(f"{name}: the part starts at {start:g} s but the recording is {length:.1f} s long")
@@ -93,12 +93,12 @@ def load_audio(
 class SampleReader:
     """A recording's samples from beginning to end, decoded as they are read, so that a long one takes no more memory.
 
-    source, sr: as for `load_audio`. Reading raises AudioError where load_audio would.
+    source, sr, track: as for `load_audio`. Reading raises AudioError where load_audio would.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | np.ndarray | Tensor, sr: int = SAMPLE_RATE):
+    def __init__(self, source: Source, sr: int = SAMPLE_RATE, track: int | None = None):
         self.position = 0  # samples read or skipped
-        self._blocks = _stream(source, sr)
+        self._blocks = _stream(source, sr, track)
         self._left = np.zeros(0, np.float32)  # decoded but not read
 
     def read(self, n: int) -> np.ndarray:
@@ -205,28 +205,73 @@ def _hann_window(device: torch.device) -> Tensor:
     return torch.hann_window(N_FFT).to(device)  # made on the CPU, so that every device has the same values
 
 
-def _from_array(array: np.ndarray | Tensor) -> np.ndarray:
-    """Samples of any supported type and shape -> finite float32 mono [n]."""
-    if isinstance(array, Tensor):
+def is_file(source: object) -> bool:
+    """Whether a recording is a file: its name, its content or an open one; otherwise it is samples."""
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
+
+
+def is_samples(source: object) -> bool:
+    """Whether a list holds the samples of one recording, and not recordings."""
+    return (
+        isinstance(source, Sequence)
+        and not is_file(source)
+        and len(source) > 0
+        and np.ndim(source[0]) == 0
+        and isinstance(source[0], (float, int, np.number))
+    )
+
+
+def _file(source: Any) -> tuple[str | BinaryIO, str]:
+    """What PyAV should open, and its name in messages."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if not source:
+            raise AudioError("there are no bytes in this recording; give the whole content of a file")
+        return io.BytesIO(source), "the bytes"
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fsdecode(source)
+        return _checked_path(name), name
+    name = str(getattr(source, "name", "the open file"))
+    try:
+        _rewind(source)
+        text = isinstance(source.read(0), str)
+    except (OSError, ValueError) as e:  # it is closed
+        raise AudioError(f"{name}: cannot be read ({e}); open it again") from e
+    if text:
+        raise AudioError(f"{name}: it was opened as text; open it with mode 'rb'")
+    return source, name
+
+
+def _from_array(source: Any) -> np.ndarray:
+    """Samples of any supported type and shape -> float32 mono [n] of its own memory or the given one."""
+    if isinstance(source, Tensor):
         # numpy has no bfloat16
-        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
-    scales = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
-    if array.dtype.kind == "f":
-        samples = array.astype(np.float32, copy=False)
-    elif array.dtype.name in scales:
-        offset = 128 if array.dtype.name == "uint8" else 0
-        samples = (array.astype(np.float64) - offset).astype(np.float32) / np.float32(scales[array.dtype.name])
-    else:
-        raise AudioError(f"the array has type {array.dtype}: give float samples in [-1, 1], or int16")
-    if samples.ndim == 2 and 0 < min(samples.shape) <= MAX_CHANNELS:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)), dtype=np.float32)
+        source = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()
+    try:
+        array = np.asarray(source)
+    except (TypeError, ValueError) as e:  # lists of different lengths
+        raise AudioError(f"the list cannot be made an array of samples ({e})") from e
+    if source is None or array.dtype.kind == "O":
+        raise AudioError(f"no audio in a {type(source).__name__}: give a file, its bytes, or samples")
+    try:
+        samples = to_float(array)
+    except TypeError:
+        raise AudioError(f"the array has type {array.dtype}: give float samples in [-1, 1], or int16") from None
     if samples.size == 0:
         return np.zeros(0, np.float32)
-    if samples.ndim != 1:
+    several = samples.ndim == 2 and 0 < min(samples.shape) <= MAX_CHANNELS
+    if samples.ndim != 1 and not several:
         raise AudioError(f"the array has shape {array.shape}: give samples of one recording, [n] or [channels, n]")
     if not np.isfinite(samples).all():
         raise AudioError(f"the array has {int((~np.isfinite(samples)).sum())} NaN or infinite samples: clean it first")
-    return samples
+    notes: dict[str, None] = {}
+    if several:
+        channels = samples if np.argmin(samples.shape) == 0 else samples.T
+        samples = np.concatenate([mix(channels[:, i : i + MIXED], notes) for i in range(0, channels.shape[1], MIXED)])
+    if (scale := scale_of(samples)) != 1.0 or max(samples.max(), -samples.min()) > 1.0:
+        samples = in_range(samples, scale, notes)
+    for note in notes:
+        warnings.warn(f"the array: {note}", stacklevel=3)
+    return np.require(samples, np.float32, ["C", "W"])  # torch wants neither flipped nor read-only memory
 
 
 def _checked_path(name: str) -> str:
@@ -251,69 +296,45 @@ def _checked_path(name: str) -> str:
 
 
 def _decode(
-    file: str | BinaryIO, name: str, sr: int, start: float, end: float | None, seek: bool = True
+    file: str | BinaryIO, name: str, sr: int, start: float, end: float | None, track: int | None, seek: bool = True
 ) -> tuple[np.ndarray, float]:
-    """Decode the best audio stream -> (samples from `start` to `end`, seconds known to be there in all)."""
-    with _opened(file, name) as (container, stream):
-        origin = _seek(container, stream, start) if seek and start > SEEK_FROM else 0.0
+    """Decode a sound track -> (samples from `start` to `end`, seconds known to be there in all)."""
+    with opened(file, name, track) as media:
+        origin = media.seek(start) if seek and start > SEEK_FROM else 0.0
         if origin is not None:
-            return _collect(container, stream, name, sr, start - origin, None if end is None else end - origin, origin)
-    if not isinstance(file, str):
+            return _collect(media, sr, start - origin, None if end is None else end - origin, origin)
+    _rewind(file)
+    return _decode(file, name, sr, start, end, track, seek=False)
+
+
+def _rewind(file: str | BinaryIO) -> None:
+    """Go to the beginning of an open file, where it can go back."""
+    if not isinstance(file, str) and getattr(file, "seekable", lambda: hasattr(file, "seek"))():
         file.seek(0)
-    return _decode(file, name, sr, start, end, seek=False)
 
 
-def open_media(source: Any) -> InputContainer:
-    """PyAV's container of a file or file object. Tags that are not UTF-8 don't stop it; before 19 PyAV must be told."""
-    import av
-
-    options: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
-    return av.open(source, "r", **options)
-
-
-@contextmanager
-def _opened(file: str | BinaryIO, name: str) -> Iterator[tuple[InputContainer, AudioStream]]:
-    """The container and its best audio stream."""
-    import av
-
-    try:
-        container = open_media(file)
-    except av.FFmpegError as e:
-        raise AudioError(_unreadable(name, e)) from e
-    with container:
-        if not container.streams.audio:
-            raise AudioError(f"{name}: there is no sound in this file; name one with an audio track")
-        yield container, cast("AudioStream", container.streams.best("audio") or container.streams.audio[0])
-
-
-def _stream(source: str | os.PathLike[str] | np.ndarray | Tensor, sr: int) -> Generator[np.ndarray, None, None]:
+def _stream(source: Source, sr: int, track: int | None) -> Generator[np.ndarray, None, None]:
     """A recording's float32 samples in blocks of any size, from its beginning; AudioError as with load_audio."""
-    if isinstance(source, (np.ndarray, Tensor)):
+    if not is_file(source):
         yield load_audio(source, sr)
         return
-    name, n, errors = os.fspath(source), 0, []  # type: str, int, list[str]
-    with (
-        _opened(_checked_path(name), name) as (container, stream),
-        closing(_blocks(container, stream, sr, errors)) as decoded,
-    ):
+    file, name = _file(source)
+    n = 0
+    with opened(file, name, track) as media, closing(media.blocks(sr)) as decoded:
         for block in decoded:
             n += len(block)
-            yield np.divide(block, 32768.0, dtype=np.float32)
+            yield block
         if n == 0:
-            reason = errors[0] if errors else "there are no sound samples in it"
-            raise AudioError(_unreadable(name, reason))
-        _warn_if_damaged(name, n / sr, _expected_seconds(container, stream), errors)
+            raise AudioError(unreadable(name, [*media.errors, "there are no sound samples in it"][0]))
+        media.warn(n / sr)
 
 
-def _collect(
-    container: InputContainer, stream: AudioStream, name: str, sr: int, start: float, end: float | None, origin: float
-) -> tuple[np.ndarray, float]:
+def _collect(media: Media, sr: int, start: float, end: float | None, origin: float) -> tuple[np.ndarray, float]:
     """Decode from where the container stands (`origin` seconds into the recording) and cut out start..end."""
     first, last = round(start * sr), None if end is None else round(end * sr)
     blocks: list[np.ndarray] = []
-    errors: list[str] = []
     n = 0  # samples decoded
-    with closing(_blocks(container, stream, sr, errors)) as decoded:
+    with closing(media.blocks(sr, origin)) as decoded:
         for block in decoded:
             part = block[max(first - n, 0) : None if last is None else max(last - n, 0)]
             n += len(block)
@@ -322,106 +343,13 @@ def _collect(
             if last is not None and n >= last:
                 break
     length = origin + n / sr
-    if n == 0 and errors:
-        raise AudioError(_unreadable(name, errors[0]))
-    _warn_if_damaged(name, length, None if end is not None else _expected_seconds(container, stream), errors)
+    if n == 0 and media.errors:
+        raise AudioError(unreadable(media.name, media.errors[0]))
+    media.warn(None if end is not None else length)
     samples = np.empty(sum(map(len, blocks)), np.float32)
     at = 0
     for i, block in enumerate(blocks):
-        np.divide(block, 32768.0, out=samples[at : at + len(block)], dtype=np.float32)
+        samples[at : at + len(block)] = block
         at += len(block)
         blocks[i] = block[:0]  # so that the whole recording is not held twice
     return samples, length
-
-
-def _blocks(
-    container: InputContainer, stream: AudioStream, sr: int, errors: list[str]
-) -> Generator[np.ndarray, None, None]:
-    """Mono int16 blocks at `sr`, as the ffmpeg command gives them; a packet that fails is noted and skipped."""
-    import av
-
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=sr)
-    waiting = av.AudioFifo()  # frames are short, 20 ms in Opus: a second of them is resampled in one go
-    given: tuple[Any, ...] | None = None
-
-    def resampled(last: bool) -> Iterator[np.ndarray]:
-        frame = waiting.read()
-        if frame is not None:
-            frame.pts = None  # a gap or jump in the time stamps must not reach the resampler
-            yield from (f.to_ndarray()[0] for f in resampler.resample(frame))
-        if last:
-            yield from (f.to_ndarray()[0] for f in resampler.resample(None))
-
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-            frames = packet.decode()
-        except StopIteration:
-            break
-        except av.FFmpegError as e:
-            errors.append(str(e.strerror))
-            if isinstance(e, av.error.EOFError) or len(errors) > 10000:
-                break
-            continue
-        for frame in frames:
-            now = (frame.format.name, frame.layout.name, frame.sample_rate)
-            if given is not None and now != given:  # the stream changes its rate or channels half-way
-                yield from resampled(last=True)
-                resampler, waiting = av.AudioResampler(format="s16", layout="mono", rate=sr), av.AudioFifo()
-            given = now
-            frame.pts = None
-            waiting.write(frame)
-            if waiting.samples >= frame.sample_rate:
-                yield from resampled(last=False)
-    if given is not None:
-        yield from resampled(last=True)
-
-
-def _seek(container: InputContainer, stream: AudioStream, start: float) -> float | None:
-    """Move shortly before `start` -> seconds from the beginning to the next frame; None where that cannot be done."""
-    import av
-
-    try:
-        zero = _next_time(container, stream)
-        if zero is None or stream.time_base is None:
-            return None
-        offset = round((zero + start - SEEK_MARGIN) / stream.time_base)
-        container.seek(offset, stream=stream, backward=True)
-        reached = _next_time(container, stream)
-        if reached is None or not zero <= reached <= zero + start - SEEK_MARGIN / 2:
-            return None
-        container.seek(offset, stream=stream, backward=True)
-    except av.FFmpegError:
-        return None
-    return reached - zero
-
-
-def _next_time(container: InputContainer, stream: AudioStream) -> float | None:
-    for frame in container.decode(stream):
-        return frame.time
-    return None
-
-
-def _expected_seconds(container: InputContainer, stream: AudioStream) -> float | None:
-    """How long the file says it is; None where ffmpeg only guesses from the bit rate."""
-    if container.format.name in ("aac", "ac3", "amr"):
-        return None
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return None
-
-
-def _warn_if_damaged(name: str, seconds: float, expected: float | None, errors: list[str]) -> None:
-    short = expected is not None and seconds < 0.98 * expected - 0.5
-    if short:
-        warnings.warn(
-            f"{name}: only {seconds:.1f} of {expected:.1f} s could be decoded; it is cut off or damaged", stacklevel=5
-        )
-    elif errors:
-        warnings.warn(f"{name}: {len(errors)} damaged part(s) were left out ({errors[0]})", stacklevel=5)
-
-
-def _unreadable(name: str, error: object) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
-    return f"{name}: cannot be decoded as audio ({reason}); check that it is a whole sound or video file"

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dawhisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, open_media
+from dawhisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
 from dawhisper.distributed import onto
 from dawhisper.errors import DataError, OptionError
+from dawhisper.media import open_media
 
 from .manifest import (
     MAX_SECONDS,

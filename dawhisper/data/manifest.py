@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dawhisper.audio import SAMPLE_RATE, load_audio, open_media
+from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.errors import DataError, DawhisperError
 from dawhisper.files import write_lines
+from dawhisper.media import open_media
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
 T = TypeVar("T")
@@ -257,7 +258,7 @@ def decode_audio(utterance: Utterance) -> np.ndarray:
         raise DataError("missing file: check the path in the manifest")
     try:
         audio = load_audio(_source(u), start=u.start or 0.0, end=u.end)
-        broken = audio.min() == -1.0 and _has_nan(u)
+        broken = not audio.all() and _has_nan(u)
     except DawhisperError as error:
         raise DataError(f"does not decode: {error}") from None
     except Exception as error:  # a decoder may raise anything on a damaged file, and a run must go on
@@ -277,7 +278,7 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
 
 
 def _has_nan(u: Utterance) -> bool:
-    """Is there NaN or infinity in a file of floats? Decoding turns these into the lowest value, -1."""
+    """Is there NaN or infinity in a file of floats? Decoding turns these into zeros."""
     with open_media(_source(u)) as container:
         stream = container.streams.audio[0]
         if not stream.codec_context.name.startswith("pcm_f"):
