@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recordings import Recipe, beeps, heard_beeps, write
+from helpers.recordings import Recipe, beeps, heard_beeps, write
 
 from dawhisper.audio import SAMPLE_RATE, SampleReader, load_audio
 from dawhisper.errors import AudioError, OptionError
