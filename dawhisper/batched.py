@@ -21,7 +21,6 @@ from whisper.tokenizer import Tokenizer
 
 from .audio import SampleReader, log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingResult, language_code, model_tokenizer
-from .errors import AudioError
 from .model import Whisper
 from .transcribe import (
     Prompt,
@@ -68,7 +67,7 @@ class BatchedRecording:
     duration: float = 0.0
     segments: list[Segment] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
-    error: AudioError | None = None
+    error: Exception | None = None
     ended: bool = False  # all of it was read
     slots: deque[Slot] = field(default_factory=deque)
     _tokenizer: Tokenizer | None = None
@@ -159,19 +158,19 @@ def iter_batched(
 
 def read(
     recordings: Sequence[BatchedRecording], options: TranscribeOptions
-) -> Iterator[tuple[BatchedRecording, Chunk | Skip | AudioError | None]]:
+) -> Iterator[tuple[BatchedRecording, Chunk | Skip | Exception | None]]:
     """What the recordings hold, one after the other; at the end of each, None or why it could not be read."""
     clips = clip_frames(options.clip_timestamps)
     for recording in recordings:
         try:
-            with closing(SampleReader(recording.source)) as reader:
+            with closing(SampleReader(recording.source, track=options.audio_track)) as reader:
                 for first, last in clips:
                     reader.skip_to(first * HOP_LENGTH)
                     end = None if last is None else last * HOP_LENGTH
                     for piece in cut(reader, end, options.vad_filter):
                         yield recording, piece
             yield recording, None
-        except AudioError as error:
+        except Exception as error:  # the other recordings go on
             yield recording, error
 
 
@@ -188,7 +187,7 @@ def read_ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
 
 
 def next_batch(
-    pieces: Iterator[tuple[BatchedRecording, Chunk | Skip | AudioError | None]],
+    pieces: Iterator[tuple[BatchedRecording, Chunk | Skip | Exception | None]],
     again: deque[Job],
     size: int,
     options: TranscribeOptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import OWN_MODEL
-from .errors import DawhisperError, OptionError
+from .console import forgive_letters
+from .errors import DawhisperError, OptionError, unforeseen
 
 INTERRUPTED = 1
+MOST_THREADS = 1024
 MODEL_HELP = "dawhisper's own, the name of one of OpenAI's (base, small ...), or the path of a checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dawhisper ARGV`; returns the exit code: 0 done, 1 something failed (said in one line), 2 wrong usage."""
+    forgive_letters()
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.pop("command")
     warnings.showwarning = _one_line_warning
     try:
+        check_numbers(args)
         return run(**args)
     except DawhisperError as error:
         return fail(str(error))
@@ -49,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 1
+    except Exception as error:
+        return fail(unforeseen(error))
+
+
+def check_numbers(args: dict[str, Any]) -> None:
+    """OptionError for what no option takes: nan, inf, and threads below 0."""
+    for name, value in args.items():
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise OptionError(f"--{name} takes a number, not {number}")
+    if not 0 <= (args.get("threads") or 0) <= MOST_THREADS:
+        raise OptionError(f"--threads is 0, which lets torch choose, to {MOST_THREADS}; not {args['threads']}")
 
 
 def fail(message: str, code: int = 1) -> int:
@@ -137,6 +154,7 @@ def _transcribe_parser(commands: Any) -> None:
     add("--threads", type=optional(int), default=0, help="CPU threads; 0 lets torch choose")
     add("--clip_timestamps", default="0", help="parts to transcribe: start,end,start,... in seconds")
     add("--hallucination_silence_threshold", type=optional(float), help="skip silences longer than this (seconds)")
+    add("--audio_track", type=optional(int), help="which sound track of a video, counted from 1; the default one")
     add("--batch_size", type=optional(int), help="windows, of all files, decoded together; None is one after the other")
     add("--vad_filter", type=boolean, default=False, help="leave out what holds no voice (better with silero-vad)")
 

@@ -71,7 +71,7 @@ class DecodingOptions:
             raise OptionError("beam_size and best_of can't be given together; beam_size is for temperature 0")
         if self.temperature == 0 and self.best_of is not None:
             raise OptionError("best_of needs a temperature above 0; use beam_size at temperature 0")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise OptionError(f"temperature is 0 or more, not {self.temperature}")
         if self.patience is not None and self.beam_size is None:
             raise OptionError("patience needs beam_size")
@@ -136,6 +136,10 @@ class Rules:
         self.timestamps = not options.without_timestamps
         if self.timestamps:
             never.append(tokenizer.no_timestamps)
+        if never and not 0 <= min(never) <= max(never) < model.dims.n_vocab:
+            raise OptionError(
+                f"suppress_tokens are -1 and ids below {model.dims.n_vocab}, not {options.suppress_tokens}"
+            )
         self.never = torch.tensor(sorted(set(never)), dtype=torch.long, device=model.device)
         self.eot, self.begin = tokenizer.eot, tokenizer.timestamp_begin
         self.ids = torch.arange(self.begin, model.dims.n_vocab, device=model.device)

@@ -1,12 +1,17 @@
 """Errors a user can act on: one line each, saying what is wrong and what to do about it.
 
-The command line prints the message alone and exits with code 1; any other exception is a bug and keeps its traceback.
+The command line prints the message alone and exits with code 1; of any other exception, which is a bug, it prints one
+line too, and the traceback where DAWHISPER_TRACEBACK is set.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable
+
+TRACEBACK_VARIABLE = "DAWHISPER_TRACEBACK"
 
 
 class DawhisperError(Exception):
@@ -27,6 +32,15 @@ class OptionError(DawhisperError, ValueError):
 
 class DataError(DawhisperError):
     """A manifest, shard or training item that cannot be used."""
+
+
+def unforeseen(error: Exception, where: str = "") -> str:
+    """One line about an error that no code expected; its traceback is printed where that was asked for."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        traceback.print_exception(error)
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    where = f"{where}: " if where else ""
+    return f"{where}unexpected {what}; this is a bug in dawhisper, and {TRACEBACK_VARIABLE}=1 shows where"
 
 
 def near_names(name: str, known: Iterable[str]) -> str:

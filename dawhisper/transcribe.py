@@ -8,10 +8,10 @@ a window is encoded once, however often it is decoded, and that segments can be 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,16 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH, N_FRAMES, N_SAMPLES, SAMPLE_RATE
 from whisper.tokenizer import LANGUAGES, Tokenizer
-from whisper.utils import format_timestamp, make_safe
+from whisper.utils import format_timestamp
 
-from .audio import SampleReader, load_audio, log_mel_spectrogram, pad_or_trim
+from .audio import SampleReader, Source, is_samples, load_audio, log_mel_spectrogram, pad_or_trim
+from .console import show
 from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, language_code, model_tokenizer
 from .errors import OptionError, near_names
 from .model import AudioFeatures, Whisper
 from .timing import TimedText, Word, add_word_times
 from .vad import Skip, cut
 
-Source = str | PathLike[str] | np.ndarray | Tensor
 PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
 
 
@@ -48,6 +48,7 @@ class TranscribeOptions:
     clip_timestamps: "start,end,start,..." or a list, in seconds: the parts to transcribe.
     hallucination_silence_threshold: with word_timestamps, skip silences longer than this (seconds) around text that
         is likely made up.
+    audio_track: which of a video's sound tracks, counted from 1; None is the default one.
     batch_size: windows decoded together; recordings are cut into them at pauses, and none is prompted with the text
         before it. None decodes one window after the other, each prompted with the text before it.
     vad_filter: leave out what the voice activity detector hears no speech in.
@@ -67,6 +68,7 @@ class TranscribeOptions:
     append_punctuations: str = "\"'.。,，!！?？:：”)]}、"
     clip_timestamps: str | Sequence[float] = "0"
     hallucination_silence_threshold: float | None = None
+    audio_track: int | None = None
     batch_size: int | None = None
     vad_filter: bool = False
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
@@ -76,17 +78,21 @@ class TranscribeOptions:
         """From the flat keyword arguments of `transcribe`: these fields and those of DecodingOptions."""
         own = {f.name for f in fields(cls)} - {"decoding"}
         window = {f.name for f in fields(DecodingOptions)} - own - {"prompt"}
-        for name in options:
+        for name, value in options.items():
             if name not in own | window:
                 raise OptionError(f"unknown option {name!r}{near_names(name, own | window)}")
+            options[name] = plain_number(name, value)
         decoding = DecodingOptions(**{k: v for k, v in options.items() if k in window})
         made = cls(decoding=decoding, **{k: v for k, v in options.items() if k in own})
         if made.batch_size is not None and made.batch_size < 1:
             raise OptionError(
                 f"batch_size is at least 1, or None for one window after the other; not {made.batch_size}"
             )
+        if made.audio_track is not None and made.audio_track < 1:
+            raise OptionError(f"audio_track is counted from 1, not {made.audio_track}")
         for temperature in made.temperatures():
             made.at(temperature).verify()
+        seek_points(made.clip_timestamps)
         return made
 
     def speaking(self, language: str) -> TranscribeOptions:
@@ -95,7 +101,7 @@ class TranscribeOptions:
 
     def temperatures(self) -> list[float]:
         given = self.temperature
-        return [float(given)] if isinstance(given, (int, float)) else [float(t) for t in given]
+        return [float(t) for t in ([given] if isinstance(given, (int, float)) else given)]
 
     def at(self, temperature: float, prompt: list[int] | None = None) -> DecodingOptions:
         """A window's options: beams at temperature 0, samples above it."""
@@ -103,6 +109,15 @@ class TranscribeOptions:
         if temperature > 0:
             return replace(options, beam_size=None, patience=None)
         return replace(options, best_of=None)
+
+
+def plain_number(name: str, value: Any) -> Any:
+    """A number as Python's own, from numpy's or torch's; OptionError for nan and inf. Other values stay as they are."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"{name} is a number, not {value}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -261,14 +276,14 @@ class Prompt:
 
 
 def transcribe(model: Whisper, audio: Source | Sequence[Source], **options: Any) -> Transcription | list[Transcription]:
-    """Transcribe a recording: a file of any format, or mono samples [n] at 16 kHz. A list of them gives a list.
+    """Transcribe a recording: whatever `load_audio` takes, a file or samples at 16 kHz. A list of them gives a list.
 
     Keyword arguments are the fields of TranscribeOptions and DecodingOptions. With a `batch_size`, the windows of a
     list's recordings fill batches together. Raises AudioError for audio that can't be used and OptionError for options
     that can't.
     """
     made = TranscribeOptions.of(**options)
-    if not isinstance(audio, (list, tuple)):
+    if not isinstance(audio, (list, tuple)) or is_samples(audio):
         segments, recording = segments_of(model, audio, made)  # type: ignore[arg-type]
         return collect(segments, recording)
     if made.batch_size is None:
@@ -306,7 +321,7 @@ def collect(segments: Iterable[Segment], recording: Recording) -> Transcription:
 def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> OpenRecording:
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = clip_frames(options.clip_timestamps)
-    samples = load_audio(audio)
+    samples = load_audio(audio, track=options.audio_track)
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
     language = options.decoding.language
     if language is None:
@@ -333,7 +348,7 @@ def spoken_languages(model: Whisper, audio: Tensor | AudioFeatures, options: Tra
     languages = [max((p, code) for code, p in each.items())[1] for each in probs]  # type: ignore[union-attr]
     if options.verbose is not None:
         for language in languages:
-            print(f"Detected language: {LANGUAGES[language].title()}")
+            show(f"Detected language: {LANGUAGES[language].title()}")
     return languages
 
 
@@ -368,10 +383,10 @@ def seek_points(timestamps: str | Sequence[float]) -> list[int]:
     try:
         given = timestamps.split(",") if isinstance(timestamps, str) else timestamps
         seconds = [float(t) for t in given if t != ""]
-    except ValueError:
+    except (TypeError, ValueError):
         raise OptionError(f"clip_timestamps is start,end,start,... in seconds, not {timestamps!r}") from None
-    if any(b < a for a, b in itertools.pairwise(seconds)) or any(t < 0 for t in seconds):
-        raise OptionError(f"clip_timestamps must not be negative or go back, as in {timestamps!r}")
+    if any(b < a for a, b in itertools.pairwise(seconds)) or not all(0 <= t < math.inf for t in seconds):
+        raise OptionError(f"clip_timestamps are seconds that neither go back nor below 0, not {timestamps!r}")
     return [round(t * FRAMES_PER_SECOND) for t in seconds] or [0]
 
 
@@ -566,12 +581,12 @@ def without_empty(segment: Segment) -> Segment:
 def say(heard: Segment | Skip, options: TranscribeOptions) -> None:
     """Print a segment, or what was skipped, where that was asked for."""
     if options.verbose and not (isinstance(heard, Segment) and not heard.text):
-        print(printable(heard))
+        show(printable(heard))
 
 
 def printable(heard: Segment | Skip) -> str:
     text = heard.text if isinstance(heard, Segment) else f" (skipped: {heard.why})"
-    return make_safe(f"[{format_timestamp(heard.start)} --> {format_timestamp(heard.end)}] {text}")
+    return f"[{format_timestamp(heard.start)} --> {format_timestamp(heard.end)}] {text}"
 
 
 # ---------------------------------------------------------------------------------------- word times in long form

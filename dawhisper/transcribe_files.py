@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import itertools
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +19,13 @@ from whisper.utils import get_writer
 from .batched import BatchedRecording, iter_batched
 from .checkpoint import load_model
 from .decoding import language_code
-from .errors import DawhisperError, OptionError
+from .errors import DawhisperError, OptionError, unforeseen
 from .files import writable_folder
 from .model import Whisper
 from .transcribe import Segment, TranscribeOptions, Transcription, collect, transcribe_lazily
+
+FORMATS = ("txt", "vtt", "srt", "tsv", "json")
+SMALLEST_INCREMENT = 0.01  # of the temperature
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class WriterOptions:
 
     def verify(self, word_timestamps: bool) -> None:
         for name, value in self.lines().items():
+            if value is not None and value < 1 and name != "highlight_words":
+                raise OptionError(f"--{name} is at least 1, not {value}")
             if value and not word_timestamps:
                 raise OptionError(f"--{name} requires --word_timestamps True")
         if self.max_line_count and not self.max_line_width:
@@ -51,7 +59,7 @@ class Outcome:
 
     place: int
     result: Transcription | None = None
-    error: DawhisperError | None = None
+    error: Exception | None = None
     interrupted: bool = False
 
 
@@ -92,23 +100,31 @@ def transcribe_files(
     for outcome in outcomes(model, paths, options):
         path = paths[outcome.place]
         if outcome.error is not None:
-            failed = report(str(outcome.error))
+            failed = report(described(outcome.error, path))
         if outcome.result is not None:
             try:
                 write(outcome.result, names[outcome.place], output_dir, writing)
             except OSError as error:
                 failed = report(f"can't write the output of {path}: {error.strerror or error}")
+            except Exception as error:
+                failed = report(unforeseen(error, f"the output of {path}"))
         if outcome.interrupted:
             failed = report(f"interrupted in {path}; what was transcribed until then is in {output_dir}")
     return failed
+
+
+def described(error: Exception, path: str) -> str:
+    return str(error) if isinstance(error, DawhisperError) else unforeseen(error, path)
 
 
 def fallback_temperatures(temperature: float, increment: float | None) -> tuple[float, ...]:
     """temperature, temperature + increment, ... up to 1."""
     if increment is None:
         return (temperature,)
-    if increment <= 0:
-        raise OptionError(f"temperature_increment_on_fallback is above 0, or None for no fallback; not {increment}")
+    if increment < SMALLEST_INCREMENT:
+        raise OptionError(
+            f"temperature_increment_on_fallback is at least {SMALLEST_INCREMENT}, or None for none; not {increment}"
+        )
     return tuple(np.arange(temperature, 1.0 + 1e-6, increment).tolist()) or (temperature,)
 
 
@@ -122,19 +138,29 @@ def usable_language(model: Whisper, name: str, language: str | None) -> str | No
 
 
 def output_names(paths: Sequence[str]) -> list[str]:
-    """A name for each file's outputs: its stem, or where stems clash, more of its path."""
-    stems = Counter(Path(path).stem for path in paths)
-    names = Counter(Path(path).name for path in paths)
-    taken: Counter[str] = Counter()
-    result = []
+    """A name for each file's outputs: its stem, or where stems clash, more of its path.
+
+    Names that some disks take for the same, by case or by how an accent is written, are the same here too.
+    """
+    stems = Counter(alike(Path(path).stem) for path in paths)
+    names = Counter(alike(Path(path).name) for path in paths)
+    result: list[str] = []
+    taken: set[str] = set()
     for given in paths:
         path = Path(given)
-        name = path.stem if stems[path.stem] == 1 else path.name
-        if stems[path.stem] > 1 and names[path.name] > 1:
+        name = path.stem if stems[alike(path.stem)] == 1 else path.name
+        if stems[alike(path.stem)] > 1 and names[alike(path.name)] > 1:
             name = f"{path.absolute().parent.name}_{path.name}"
-        taken[name] += 1
-        result.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
+        numbered = (f"{name}_{i}" for i in itertools.count(2))
+        free = next(n for n in itertools.chain([name], numbered) if alike(n) not in taken)
+        taken.add(alike(free))
+        result.append(free)
     return result
+
+
+def alike(name: str) -> str:
+    """What names have in common that a disk may take for the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def one_by_one(model: Whisper, paths: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
@@ -149,28 +175,63 @@ def one_by_one(model: Whisper, paths: Sequence[str], options: dict[str, Any]) ->
             except KeyboardInterrupt:
                 yield Outcome(place, collect(kept, recording), interrupted=True)
                 return
-            yield Outcome(place, collect(kept, recording))
-        except DawhisperError as error:
+            result = collect(kept, recording)
+        except BrokenPipeError:  # the reader of our output has gone
+            raise
+        except Exception as error:
             yield Outcome(place, error=error)
+        else:
+            yield Outcome(place, result)
 
 
 def in_batches(model: Whisper, paths: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """Transcribe the files in common batches."""
-    recordings = [BatchedRecording(path) for path in paths]
-    unfinished = {id(recording): place for place, recording in enumerate(recordings)}
+    """Transcribe the files in common batches; should one break its batch, those that are left follow one by one."""
+    made = TranscribeOptions.of(**options)
+    recordings = {place: BatchedRecording(path) for place, path in enumerate(paths)}
     try:
-        for recording, _ in iter_batched(model, recordings, TranscribeOptions.of(**options)):
+        yield from batch(model, recordings, made)
+    except BrokenPipeError:
+        raise
+    except Exception:
+        for place in list(recordings):
+            again = {place: BatchedRecording(paths[place])}
+            try:
+                yield from batch(model, again, made)
+            except Exception as error:
+                yield Outcome(place, error=error)
+
+
+def batch(model: Whisper, unfinished: dict[int, BatchedRecording], options: TranscribeOptions) -> Iterator[Outcome]:
+    """Transcribe recordings, of which those leave the table that are finished."""
+    places = {id(recording): place for place, recording in unfinished.items()}
+    try:
+        for recording, _ in iter_batched(model, list(unfinished.values()), options):
             if recording.finished:
                 result = None if recording.error else recording.result()
-                yield Outcome(unfinished.pop(id(recording)), result, recording.error)
+                place = places[id(recording)]
+                del unfinished[place]
+                yield Outcome(place, result, recording.error)
     except KeyboardInterrupt:
-        for place in unfinished.values():
-            if recordings[place].segments:
-                yield Outcome(place, recordings[place].result(), interrupted=True)
-        if not any(recordings[place].segments for place in unfinished.values()):
+        heard = {place: recording for place, recording in unfinished.items() if recording.segments}
+        if not heard:
             raise
+        for place, recording in heard.items():
+            yield Outcome(place, recording.result(), interrupted=True)
 
 
 def write(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:
-    writer = get_writer(writing.output_format, str(output_dir))
-    writer(result.to_dict(), f"{name}.audio", **writing.lines())  # type: ignore[arg-type]
+    formats = FORMATS if writing.output_format == "all" else (writing.output_format,)
+    for output_format in formats:
+        content = result.to_dict()
+        if output_format == "vtt":
+            content = escaped(content)
+        get_writer(output_format, str(output_dir))(content, f"{name}.audio", **writing.lines())  # type: ignore[arg-type]
+
+
+def escaped(result: dict[str, Any]) -> dict[str, Any]:
+    """A transcription whose text is none of WebVTT's marks."""
+    for segment in result["segments"]:
+        segment["text"] = html.escape(segment["text"], quote=False)
+        for word in segment.get("words", []):
+            word["word"] = html.escape(word["word"], quote=False)
+    return result

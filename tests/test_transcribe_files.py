@@ -1,0 +1,209 @@
+"""Many files in one call: a fault in one is one line, outputs have names of their own, any console shows the text."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_line import QUICK, run
+from helpers.models import pair
+from helpers.sound import noise, write_wav
+
+import dawhisper.transcribe_files
+from dawhisper.media import Media
+from dawhisper.transcribe import Segment, Transcription
+from dawhisper.transcribe_files import WriterOptions, output_names, write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    ours, _ = pair()
+    path = tmp_path_factory.mktemp("model") / "random.pt"
+    torch.save({"dims": asdict(ours.dims), "model_state_dict": ours.state_dict()}, path)
+    return str(path)
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("dawhisper: error:")]
+
+
+def segment(text: str, **other: object) -> Segment:
+    fields = {"id": 0, "seek": 0, "start": 0.0, "end": 1.0, "text": text, "tokens": [1], "temperature": 0.0}
+    measures = {"avg_logprob": -0.1, "compression_ratio": 1.0, "no_speech_prob": 0.0}
+    return Segment(**{**fields, **measures, **other})  # type: ignore[arg-type]
+
+
+# ---- a file that fails never takes the others with it
+
+
+@pytest.mark.parametrize("batch", [[], ["--batch_size", "2"]])
+def test_an_unforeseen_error_in_a_decoder_is_one_line(
+    batch: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Media.blocks
+
+    def broken(self: Media, sr: int, origin: float = 0.0):
+        if "bad" in self.name:
+            raise KeyError("a surprise\nof two lines")
+        return whole(self, sr, origin)
+
+    monkeypatch.setattr(Media, "blocks", broken)
+    clips = [write_wav(tmp_path / f"{name}.wav", noise(2)) for name in ("first", "bad", "last")]
+    assert run("transcribe", *clips, "--model", model, "-o", tmp_path / "o", "-f", "txt", *batch, *QUICK) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = errors(err)
+    assert "bad.wav: unexpected KeyError" in line and "DAWHISPER_TRACEBACK=1" in line
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["first.txt", "last.txt"]
+
+    monkeypatch.setenv("DAWHISPER_TRACEBACK", "1")
+    assert run("transcribe", clips[1], "--model", model, "-o", tmp_path / "o", "-f", "txt", *batch, *QUICK) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_unforeseen_error_in_a_batch_is_of_one_recording(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = [write_wav(tmp_path / f"{i}.wav", noise(2, seed=i) * (i != 1)) for i in range(3)]
+    write_wav(clips[1], np.full(32000, 0.5))
+    hear = dawhisper.batched.hear_batch
+
+    def broken(model, batch, options):
+        if any((job.chunk.samples == 0.5).mean() > 0.5 or job.chunk.samples.std() < 1e-3 for job in batch):
+            raise RuntimeError("out of memory")
+        return hear(model, batch, options)
+
+    monkeypatch.setattr("dawhisper.batched.hear_batch", broken)
+    out = tmp_path / "o"
+    assert run("transcribe", *clips, "--model", model, "-o", out, "-f", "txt", "--batch_size", 3, *QUICK) == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert "1.wav: unexpected RuntimeError: out of memory" in line
+    assert sorted(p.name for p in out.iterdir()) == ["0.txt", "2.txt"]
+
+
+def test_an_unforeseen_error_in_a_writer_is_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(result: Transcription, name: str, folder: Path, writing: WriterOptions) -> None:
+        if name == "first":
+            raise KeyError("words")
+        write(result, name, folder, writing)
+
+    monkeypatch.setattr("dawhisper.transcribe_files.write", broken)
+    clips = [write_wav(tmp_path / f"{name}.wav", noise(2)) for name in ("first", "last")]
+    assert run("transcribe", *clips, "--model", model, "-o", tmp_path / "o", "-f", "srt", *QUICK) == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert "the output of" in line and "first.wav" in line
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["last.srt"]
+
+
+# ---- outputs
+
+
+def test_names_never_collide_on_any_disk() -> None:
+    for paths in (
+        ["Talk.wav", "talk.WAV", "TALK.mp3"],
+        ["caf\u00e9.wav", "cafe\u0301.wav"],
+        ["a/x.wav", "b/x.wav", "a/x_2.wav", "x.wav", "x.wav"],
+        ["x.wav", "x.wav", "x_2.wav"],
+        ["x.mp3", "x.wav", "x.mp3.wav"],
+        ["stra\u00dfe.wav", "STRASSE.wav"],
+    ):
+        names = output_names(paths)
+        assert len({dawhisper.transcribe_files.alike(name) for name in names}) == len(paths), names
+    assert output_names(["a.wav", "b.mp3"]) == ["a", "b"]
+
+
+def test_text_is_escaped_in_vtt_alone(tmp_path: Path) -> None:
+    said = " 1 < 2 & 3 > 2 --> so <b>"
+    words = [dawhisper.Word(word, i, i + 1, 0.9) for i, word in enumerate([" a<b", " &", " c-->d"])]
+    for name, given in (("plain", segment(said)), ("words", segment(" a<b & c-->d", words=words))):
+        write(Transcription(given.text, [given], "en"), name, tmp_path, WriterOptions())
+    assert "1 &lt; 2 &amp; 3 &gt; 2 --&gt; so &lt;b&gt;" in (tmp_path / "plain.vtt").read_text()
+    assert "a&lt;b &amp; c--&gt;d" in (tmp_path / "words.vtt").read_text()
+    assert "1 < 2 & 3 > 2 -> so <b>" in (tmp_path / "plain.srt").read_text()
+    assert said.strip() in (tmp_path / "plain.txt").read_text()
+    write(Transcription(said, [segment(" a<b", words=words[:1])], "en"), "u", tmp_path, WriterOptions("vtt", True))
+    assert "<u>a&lt;b</u>" in (tmp_path / "u.vtt").read_text()
+
+
+# ---- consoles
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16"])
+def test_a_console_of_any_encoding(encoding: str, model: str, tmp_path: Path) -> None:
+    """The random model says words of many scripts, and so does the help."""
+    clip = write_wav(tmp_path / "\u4f60\u597d.wav", noise(3))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for command in (
+        ["transcribe", str(clip), "--model", model, "-o", str(tmp_path / "o"), *QUICK, "--language", "ru"],
+        ["transcribe", "--help"],
+    ):
+        done = subprocess.run([sys.executable, "-m", "dawhisper", *command], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr and len(done.stdout) > 50
+    text = (tmp_path / "o" / "\u4f60\u597d.srt").read_bytes().decode("utf-8")
+    assert any(ord(letter) > 127 for letter in text)  # there was something to lose
+
+
+def test_text_shown_from_python(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", latin)
+    dawhisper.load_model(model, device="cpu").transcribe(noise(2), verbose=True, language="ru", beam_size=None)
+    assert latin.buffer.getvalue()
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", "nan"],
+        ["--temperature", "-1"],
+        ["--temperature", "inf"],
+        ["--threads", "-3"],
+        ["--threads", "1000000"],
+        ["--clip_timestamps", "nan"],
+        ["--clip_timestamps", "0,inf"],
+        ["--clip_timestamps=-1,2"],
+        ["--clip_timestamps", "3,2"],
+        ["--clip_timestamps", "1e400"],
+        ["--no_speech_threshold", "nan"],
+        ["--logprob_threshold=-inf"],
+        ["--compression_ratio_threshold", "nan"],
+        ["--temperature_increment_on_fallback", "1e-12"],
+        ["--temperature_increment_on_fallback", "nan"],
+        ["--hallucination_silence_threshold", "nan", "--word_timestamps", "True"],
+        ["--length_penalty", "nan"],
+        ["--patience", "nan"],
+        ["--beam_size", "-1"],
+        ["--best_of", "0"],
+        ["--batch_size", "-2"],
+        ["--audio_track", "0"],
+        ["--max_line_width", "-5", "--word_timestamps", "True"],
+        ["--max_words_per_line", "-1", "--word_timestamps", "True"],
+        ["--max_line_count", "0", "--word_timestamps", "True"],
+        ["--suppress_tokens", "99999999"],
+        ["--suppress_tokens", "1,x"],
+    ],
+    ids=" ".join,
+)
+def test_impossible_numbers_are_one_line(
+    flags: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = write_wav(tmp_path / "clip.wav", noise(1))
+    beams = [] if "--patience" in flags or "--best_of" in flags else ["--beam_size", "None"]
+    args = ["--language", "en", "--device", "cpu", *beams, *flags]
+    assert run("transcribe", clip, "--model", model, "-o", tmp_path / "o", "-f", "txt", *args) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and "unexpected" not in err
+    assert len(errors(err)) == 1
