@@ -123,7 +123,7 @@ def fallback_temperatures(temperature: float, increment: float | None) -> tuple[
         return (temperature,)
     if increment < SMALLEST_INCREMENT:
         raise OptionError(
-            f"temperature_increment_on_fallback is at least {SMALLEST_INCREMENT}, or None for none; not {increment}"
+            f"temperature_increment_on_fallback is above 0 (from {SMALLEST_INCREMENT} on), or None; not {increment}"
         )
     return tuple(np.arange(temperature, 1.0 + 1e-6, increment).tolist()) or (temperature,)
 
