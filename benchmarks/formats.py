@@ -2,7 +2,7 @@
 
     python benchmarks/formats.py MODEL MANIFEST --noise DIR --limit 100 --out benchmarks/NAME.md
 
-PyTorch in fp32, the int8 file, dynamic int8, and ONNX in fp32, fp16 and int8 hear the same mixtures, one at a time.
+PyTorch in fp32, the int8 file, and ONNX in fp32, fp16 and int8 hear the same mixtures, one at a time.
 The exported files stay in --work, and what is decoded there too: stopped, it goes on where it was.
 """
 
@@ -75,8 +75,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     forms = make(args.model, args.work)
     sizes = {"fp32": megabytes(Path(args.model)) if Path(args.model).exists() else float("nan")}
-    sizes |= {label: megabytes(path) for label, path in forms.items()} | {"dynamic-int8": sizes["fp32"]}
-    specs = [f"fp32={args.model}", f"dynamic-int8=dynamic:{args.model}", *(f"{k}={v}" for k, v in forms.items())]
+    sizes |= {label: megabytes(path) for label, path in forms.items()}
+    specs = [f"fp32={args.model}", *(f"{k}={v}" for k, v in forms.items())]
     results = run(
         EvaluateOptions(
             manifests=args.manifests,
@@ -95,7 +95,7 @@ def main() -> None:
     )
     assert results is not None  # this is the one process
     where = f"{args.threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    how = "greedy, one recording at a time; fp32 is PyTorch; it and dynamic int8 are made from MODEL's own file"
+    how = "greedy, one recording at a time; fp32 is PyTorch, made from MODEL's own file"
     text = "\n".join([f"{where}; {how}.\n", *table(results, sizes)]) + "\n"
     print(text)
     if args.out:

@@ -12,7 +12,9 @@ from .checkpoint import available_models, load_model, save_model
 from .decoding import DecodingOptions, DecodingResult, decode, detect_language
 from .errors import DawhisperError
 from .model import AudioFeatures, DualOptions, ModelDimensions, Trace, Whisper
-from .transcribe import Segment, Transcription, Word, transcribe, transcribe_lazily
+from .timing import Word
+from .transcribe import transcribe, transcribe_lazily
+from .transcription import Segment, Transcription
 
 __version__ = "0.1.0"
 

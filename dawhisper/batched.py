@@ -19,30 +19,31 @@ from tqdm import tqdm
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
 from whisper.tokenizer import Tokenizer
 
-from .audio import SampleReader, log_mel_spectrogram, pad_or_trim
+from .audio import SampleReader, Source, log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .model import Whisper
-from .transcribe import (
-    Prompt,
+from .transcription import (
     Segment,
-    Source,
-    Split,
     TranscribeOptions,
     Transcription,
-    Window,
     clip_frames,
     collect,
+    say,
+    warn_of_translated_words,
+)
+from .vad import Chunk, Skip, cut, detector
+from .window import (
+    Prompt,
+    Split,
+    Window,
     decode_with_fallback,
     is_audible,
     padded_frames,
     pick,
-    say,
     split_window,
     spoken_languages,
-    warn_of_translated_words,
     without_empty,
 )
-from .vad import Chunk, Skip, cut, detector
 
 T = TypeVar("T")
 

@@ -128,7 +128,7 @@ def load_model(
     else:
         path, heads = _existing(name), None
     if (path / "encoder.onnx").is_file():
-        from dawhisper.tools.export import load_onnx  # needs onnxruntime
+        from dawhisper.formats.onnx import load_onnx
 
         exported = load_onnx(path)
         if dual not in (None, exported.dual):

@@ -513,7 +513,7 @@ def _quantize_parser(commands: Any) -> None:
         "quantize",
         help="store a model in int8, and measure what that costs",
         description="Writes the int8 file, a model for the other commands. With recordings, the relative error of "
-        "every layer; with a manifest, word errors before and after (as `dawhisper evaluate`), also of dynamic int8.",
+        "every layer; with a manifest, word errors before and after (as `dawhisper evaluate`).",
         formatter_class=_Help,
     )
     p.set_defaults(run=_quantize)

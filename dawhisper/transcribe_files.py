@@ -22,7 +22,8 @@ from .decoding import language_code
 from .errors import DawhisperError, OptionError, unforeseen
 from .files import writable_folder
 from .model import Whisper
-from .transcribe import Segment, TranscribeOptions, Transcription, collect, transcribe_lazily
+from .transcribe import transcribe_lazily
+from .transcription import Segment, TranscribeOptions, Transcription, collect
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 SMALLEST_INCREMENT = 0.01  # of the temperature

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from helpers.models import FAST, SURE, heard, pair
 from helpers.sound import noise, write_wav
 
 import dawhisper
-from dawhisper import batched, vad
+from dawhisper import batched, vad, window
 from dawhisper.audio import SampleReader, load_audio
 from dawhisper.batched import BatchedRecording, Job, Slot, iter_batched, settle
 from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import AudioFeatures, Whisper
-from dawhisper.transcribe import Split, TranscribeOptions, decode_with_fallback
+from dawhisper.transcription import TranscribeOptions
 from dawhisper.vad import Chunk, Skip, cut
+from dawhisper.window import Split, decode_with_fallback
 
-transcribe = sys.modules["dawhisper.transcribe"]  # the name in the package is the function
 ENGLISH = {"language": "en", **FAST, **SURE}
 
 
@@ -225,7 +224,7 @@ def test_only_failing_windows_are_decoded_again(monkeypatch: pytest.MonkeyPatch)
         asked.append((options.temperature, windows))
         return [heard(avg_logprob=-0.5 if options.temperature >= needed else -2.0) for needed in windows]
 
-    monkeypatch.setattr(transcribe, "decode_windows", decoded)
+    monkeypatch.setattr(window, "decode_windows", decoded)
     needed = torch.tensor([0.0, 0.5, 0.0, 1.0, 9.0])[:, None, None]
     options = TranscribeOptions(temperature=(0.0, 0.5, 1.0))
     results = decode_with_fallback(pair()[0], AudioFeatures(needed, needed), options, [])
@@ -236,13 +235,13 @@ def test_only_failing_windows_are_decoded_again(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("batch", [{}, {"batch_size": 3}])
 def test_a_recording_has_one_language(batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair()
-    languages, decode_windows = [], transcribe.decode_windows
+    languages, decode_windows = [], window.decode_windows
 
     def recording(model: Whisper, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
         languages.append(options.language)
         return decode_windows(model, features, options)
 
-    monkeypatch.setattr(transcribe, "decode_windows", recording)
+    monkeypatch.setattr(window, "decode_windows", recording)
     result = model.transcribe(noise(100), **{**ENGLISH, "language": None}, **batch)
     assert set(languages) == {result.language}
 

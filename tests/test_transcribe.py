@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,14 @@ import numpy as np
 import pytest
 import torch
 import whisper
-from helpers.models import FAST, MULTILINGUAL, SURE, VARIANTS, heard, pair, talkative, trained
+from helpers.models import FAST, MULTILINGUAL, SURE, VARIANTS, pair, talkative, trained
 from helpers.sound import noise
 
 import dawhisper
 from dawhisper import timing
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, DualOptions, Whisper
-from dawhisper.timing import Word, dtw
-from dawhisper.transcribe import (
-    Segment,
-    TranscribeOptions,
-    Window,
-    encode_window,
-    is_anomalous,
-    is_silence,
-    needs_fallback,
-)
+from dawhisper.timing import dtw
 
 
 def assert_same(ours: Whisper, theirs: whisper.Whisper, audio: np.ndarray, **options: Any) -> dict[str, Any]:
@@ -157,13 +147,6 @@ def test_word_times_leave_the_number_of_threads(monkeypatch: pytest.MonkeyPatch)
     assert torch.get_num_threads() == threads
 
 
-def test_a_window_is_encoded_as_long_as_the_model_was_trained_for() -> None:
-    mel = torch.randn(80, 3000)
-    assert encode_window(Whisper(MULTILINGUAL), mel, Window(0, 410)).primary.shape[1] == 1500
-    assert encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel, Window(0, 410)).primary.shape[1] == 300
-    assert encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel, Window(0, 3000)).primary.shape[1] == 1500
-
-
 def test_the_sound_and_a_second_are_encoded_where_the_model_was_trained_so(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, frames, encode = talkative(Whisper(MULTILINGUAL, variable_audio_ctx=True).eval()), [], Whisper.encode
@@ -184,36 +167,6 @@ def test_digital_silence_is_not_decoded() -> None:
     assert not [s for s in seeks if 3100 <= s <= 9000]  # windows that lie in the silence as a whole
     assert [s for s in seeks if s > 9000]
     assert model.transcribe(np.zeros(16000, np.float32), **options).segments == []
-
-
-def test_fallback_and_silence() -> None:
-    model, options = Whisper(MULTILINGUAL), TranscribeOptions()
-    assert not needs_fallback(model, heard(), options)
-    assert needs_fallback(model, heard(avg_logprob=-1.2), options)
-    assert needs_fallback(model, heard(ratio=2.5), options)
-    assert not needs_fallback(model, heard(avg_logprob=-1.2, no_speech=0.7), options)
-    assert needs_fallback(model, heard(ratio=2.5, no_speech=0.7), options)
-    assert is_silence(model, heard(avg_logprob=-1.2, no_speech=0.7), options)
-    assert not is_silence(model, heard(no_speech=0.7), options)
-    assert is_silence(model, heard(no_speech=0.7), replace(options, logprob_threshold=None))
-    assert not is_silence(model, heard(avg_logprob=-1.2, no_speech=0.7), replace(options, no_speech_threshold=None))
-    model.knows_silence = True  # then a likely text does not speak against it
-    assert is_silence(model, heard(no_speech=0.7), options) and not is_silence(model, heard(no_speech=0.5), options)
-    assert not needs_fallback(model, heard(ratio=2.5, no_speech=0.7), options)
-    assert needs_fallback(model, heard(ratio=2.5), options)
-    assert not is_silence(model, heard(no_speech=0.7), replace(options, no_speech_threshold=None))
-
-
-def test_anomalous_words() -> None:
-    def segment(*words: Word) -> Segment:
-        return Segment(0, 0, 0, 1, "", [], 0, 0, 0, 0, list(words))
-
-    good = Word(" fine", 0.0, 0.4, 0.9)
-    assert not is_anomalous(segment(good, good))
-    assert is_anomalous(segment(replace(good, probability=0.1)))
-    assert is_anomalous(segment(good, replace(good, end=6.0)))
-    assert not is_anomalous(segment(good, good, good, replace(good, probability=0.1)))
-    assert not is_anomalous(segment())
 
 
 @pytest.mark.parametrize(

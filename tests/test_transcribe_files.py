@@ -17,8 +17,8 @@ from helpers.sound import noise, write_wav
 
 import dawhisper.transcribe_files
 from dawhisper.media import Media
-from dawhisper.transcribe import Segment, Transcription
 from dawhisper.transcribe_files import WriterOptions, output_names, write
+from dawhisper.transcription import Segment, Transcription
 
 
 @pytest.fixture(scope="module")

@@ -560,7 +560,7 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
 
     from dawhisper.checkpoint import load_model
     from dawhisper.decoding import DecodingOptions, decode
-    from dawhisper.transcribe import mel_batch
+    from dawhisper.window import mel_batch
 
     from .targets import whisper_language
 

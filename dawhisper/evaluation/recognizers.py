@@ -1,9 +1,8 @@
 """Who transcribes in an evaluation: our own models, and openai-whisper, faster-whisper and transformers for comparison.
 
-A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH`, `hf:FOLDER`, or `dynamic:NAME_OR_PATH`,
-which is ours in dynamic int8 on the CPU; with a label of one's own before it where wanted:
-`mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is not ours is imported only when it is asked
-for.
+A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH` or `hf:FOLDER`; with a label of one's own
+before it where wanted: `mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is not ours is
+imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ PACKAGES = {  # of each back end: what is imported, what is installed
     "openai": ("whisper", "openai-whisper"),
     "faster": ("faster_whisper", "faster-whisper"),
     "hf": ("transformers", "transformers"),
-    "dynamic": ("torch", "torch"),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -116,13 +114,9 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
             if importlib.util.find_spec(module) is None:
                 raise OptionError(f"--model {spec.spec} needs {package}, which is not installed: pip install {package}")
             own = spec.path == OWN_MODEL or spec.path.endswith(".safetensors")
-            if own and spec.backend != "dynamic":
+            if own:
                 raise OptionError(f"--model {spec.spec}: {package} can't load {spec.path}; give --model {spec.path}")
-        if (
-            spec.backend in ("", "openai", "dynamic")
-            and spec.path not in available_models()
-            and not Path(spec.path).exists()
-        ):
+        if spec.backend in ("", "openai") and spec.path not in available_models() and not Path(spec.path).exists():
             load_model(spec.path)  # raises: it knows what is near
         if spec.backend == "hf" and not Path(spec.path).is_dir():
             raise CheckpointError(f"no such folder: {spec.path}; --model hf: takes a folder in transformers' format")
@@ -132,7 +126,7 @@ def load(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
-    kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace, "dynamic": Dynamic}
+    kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace}
     try:
         return kinds[spec.backend](spec, decoding, device, seed)
     except (OSError, RuntimeError, ValueError) as e:
@@ -151,7 +145,7 @@ class Ours:
         if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
             return [self._transcribe(x, language) for x in audio]
         from dawhisper.decoding import DecodingOptions, decode
-        from dawhisper.transcribe import mel_batch
+        from dawhisper.window import mel_batch
 
         options = DecodingOptions(language=language, without_timestamps=True, beam_size=self.decoding.beam_size)
         results = decode(self.model, mel_batch(self.model, audio), options)
@@ -164,16 +158,6 @@ class Ours:
         options = {} if self.decoding.fallback else {"temperature": 0.0}
         result = transcribe(self.model, audio, language=language, beam_size=self.decoding.beam_size, **options)
         return result.text.strip()  # type: ignore[union-attr]  # one recording, one result
-
-
-class Dynamic(Ours):
-    """One of our models with linear layers that compute in int8, on the CPU."""
-
-    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
-        from dawhisper.tools.quantize import dynamic_int8
-
-        super().__init__(spec, Decoding(decoding.beam_size, decoding.fallback), torch.device("cpu"), seed)
-        self.model = dynamic_int8(self.model)
 
 
 class OpenAI:

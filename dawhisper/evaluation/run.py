@@ -30,7 +30,7 @@ from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
-from dawhisper.transcribe import mel_batch
+from dawhisper.window import mel_batch
 
 from . import metrics
 from . import recognizers as backends

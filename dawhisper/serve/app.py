@@ -48,7 +48,7 @@ from dawhisper.checkpoint import OWN_MODEL, load_model
 from dawhisper.decoding import language_code
 from dawhisper.errors import AudioError, DawhisperError, OptionError
 from dawhisper.model import Whisper
-from dawhisper.transcribe import Segment, TranscribeOptions, Transcription
+from dawhisper.transcription import Segment, TranscribeOptions, Transcription
 
 from .stream import Stream, StreamOptions, Update, as_dict, pcm_samples
 from .worker import Clip, Engine, QueueFull, Stopped

@@ -36,16 +36,9 @@ from dawhisper.decoding import DecodingOptions, DecodingResult, decode_windows, 
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.timing import SENTENCE_END, Word, find_alignment, token_gates
-from dawhisper.transcribe import (
-    Segment,
-    TranscribeOptions,
-    Window,
-    encode_window,
-    is_silence,
-    needs_fallback,
-    printable,
-)
 from dawhisper.transcribe_files import usable_language
+from dawhisper.transcription import Segment, TranscribeOptions, printable
+from dawhisper.window import Window, encode_window, is_silence, needs_fallback
 
 CONTEXT = 64  # tokens of earlier text that prompt the decoder
 SHORTEST = 0.5  # seconds of audio that are worth decoding

@@ -23,22 +23,9 @@ from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import DecodingResult, decode_windows, model_tokenizer
 from dawhisper.model import Whisper
 from dawhisper.timing import Word, token_gates
-from dawhisper.transcribe import (
-    OpenRecording,
-    Prompt,
-    Segment,
-    TranscribeOptions,
-    Transcription,
-    Window,
-    collect,
-    encode_window,
-    is_audible,
-    iter_segments,
-    needs_fallback,
-    open_recording,
-    split_window,
-    without_empty,
-)
+from dawhisper.transcribe import OpenRecording, iter_segments, open_recording
+from dawhisper.transcription import Segment, TranscribeOptions, Transcription, collect
+from dawhisper.window import Prompt, Window, encode_window, is_audible, needs_fallback, split_window, without_empty
 
 
 class QueueFull(Exception):

@@ -32,7 +32,9 @@ from dawhisper.evaluation.metrics import count_words, error_rate, normalizer
 from dawhisper.evaluation.recognizers import Decoding, Faster, HuggingFace, ModelSpec, Ours, check_models, load
 from dawhisper.formats.huggingface import to_ctranslate2, to_transformers
 from dawhisper.model import Whisper
-from dawhisper.transcribe import Segment, TranscribeOptions, Word, transcribe_lazily
+from dawhisper.timing import Word
+from dawhisper.transcribe import transcribe_lazily
+from dawhisper.transcription import Segment, TranscribeOptions
 
 from .flops import forward_flops
 

@@ -1,15 +1,12 @@
-"""A model in int8, and what that costs: `dawhisper quantize`.
+"""A model stored in int8, and what that costs: `dawhisper quantize`.
 
-Two kinds. Weight-only: the file of `save_model(dtype="int8")`, one scale a row, computed in floating point after
-loading. Dynamic: linear layers whose products run in int8 on a CPU, their inputs quantised as they come (torch's
-dynamic quantisation, one scale an output channel).
+The file is that of `save_model(dtype="int8")`: weights with one scale a row, computed with in floating point after
+loading, or on a CPU in int8 with `load_model(dtype="int8")`.
 """
 
 from __future__ import annotations
 
-import copy
 import csv
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,14 +54,12 @@ class QuantizeOptions:
 class LayerError:
     """Relative errors (norm of the difference over the norm) of one layer.
 
-    weight: of the weights as stored; output: of what the layer gives for the exact model's inputs, with these weights;
-    dynamic: the same of its dynamically quantised twin, NaN where it has none.
+    weight: of the weights as stored; output: of what the layer gives for the exact model's inputs, with these weights.
     """
 
     layer: str
     weight: float
     output: float
-    dynamic: float
 
 
 def run(options: QuantizeOptions) -> str:
@@ -77,7 +72,7 @@ def run(options: QuantizeOptions) -> str:
     lines = [f"{out}: {out.stat().st_size / 1e6:.1f} MB, in fp32 {_megabytes(model):.1f} MB"]
     if audio:
         mel = torch.stack([log_mel_spectrogram(pad_or_trim(x), model.dims.n_mels) for x in audio])
-        errors = layer_errors(model, load_model(out, device="cpu", dtype="fp32"), dynamic_int8(model), mel)
+        errors = layer_errors(model, load_model(out, device="cpu", dtype="fp32"), mel)
         table = out.with_suffix(".layers.csv")
         write_errors(errors, table)
         lines += [describe(errors), f"all layers: {table}"]
@@ -98,33 +93,24 @@ def _megabytes(model: Whisper) -> float:
     return sum(x.numel() * x.element_size() for x in model.state_dict().values()) / 1e6
 
 
-def dynamic_int8(model: Whisper) -> Whisper:
-    """A copy whose linear layers compute in int8 on the CPU; the encoder's convolutions and the embedding stay."""
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it works, and has no successor within torch
-        return quantize_dynamic(copy.deepcopy(model), {nn.Linear: per_channel_dynamic_qconfig})
-
-
 # ---- errors by layer ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def layer_errors(exact: Whisper, stored: Whisper, dynamic: Whisper, mel: Tensor) -> list[LayerError]:
+def layer_errors(exact: Whisper, stored: Whisper, mel: Tensor) -> list[LayerError]:
     """Errors of every layer with quantised weights, in the order of the model. mel [B, n_mels, 3000].
 
-    Each layer of the exact model hands its input to its twins as well, so that an error is the layer's own and does
+    Each layer of the exact model hands its input to its twin as well, so that an error is the layer's own and does
     not come from those before it. The text is what the exact model hears.
     """
     pairs = {name: m for name, m in exact.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
-    twins = [dict(model.named_modules()) for model in (stored, dynamic)]
-    squares = {name: torch.zeros(3, dtype=torch.float64) for name in pairs}  # of the output, and of two differences
+    twins = dict(stored.named_modules())
+    squares = {name: torch.zeros(2, dtype=torch.float64) for name in pairs}  # of the output, and of the difference
 
     def compare(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            differences = [twin[name](*inputs) - output for twin in twins]
-            squares[name] += torch.stack([x.double().square().sum() for x in (output, *differences)])
+            difference = twins[name](*inputs) - output
+            squares[name] += torch.stack([x.double().square().sum() for x in (output, difference)])
 
         return pairs[name].register_forward_hook(hook)
 
@@ -137,10 +123,9 @@ def layer_errors(exact: Whisper, stored: Whisper, dynamic: Whisper, mel: Tensor)
             handle.remove()  # type: ignore[attr-defined]
     errors = []
     for name, layer in pairs.items():
-        whole, output, dynamic_output = squares[name].tolist()
-        weight = relative(twins[0][name].weight, layer.weight)  # type: ignore[arg-type]
-        inner = (dynamic_output / whole) ** 0.5 if isinstance(layer, nn.Linear) and whole else float("nan")
-        errors.append(LayerError(name, weight, (output / whole) ** 0.5 if whole else 0.0, inner))
+        whole, difference = squares[name].tolist()
+        weight = relative(twins[name].weight, layer.weight)  # type: ignore[arg-type]
+        errors.append(LayerError(name, weight, (difference / whole) ** 0.5 if whole else 0.0))
     return errors
 
 
@@ -162,11 +147,10 @@ def heard_tokens(model: Whisper, mel: Tensor) -> Tensor:
 def describe(errors: Sequence[LayerError]) -> str:
     """The mean, and the layers whose outputs suffer most."""
     worst = sorted(errors, key=lambda e: -e.output)[:WORST]
-    rows: list[tuple[str, ...]] = [("layer", "weights", "outputs", "outputs, dynamic")]
+    rows: list[tuple[str, ...]] = [("layer", "weights", "outputs")]
     mean = [sum(x) / len(x) for x in zip(*((e.weight, e.output) for e in errors))]
-    inner = [e.dynamic for e in errors if e.dynamic == e.dynamic]
-    rows.append(("mean", *(f"{100 * x:.2f}%" for x in (*mean, sum(inner) / len(inner)))))
-    rows += [(e.layer, *(f"{100 * x:.2f}%" for x in (e.weight, e.output, e.dynamic))) for e in worst]
+    rows.append(("mean", *(f"{100 * x:.2f}%" for x in mean)))
+    rows += [(e.layer, *(f"{100 * x:.2f}%" for x in (e.weight, e.output))) for e in worst]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "relative errors; the layers with the largest ones:\n" + "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
@@ -175,7 +159,7 @@ def describe(errors: Sequence[LayerError]) -> str:
 
 def write_errors(errors: Sequence[LayerError], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["layer", "weight", "output", "dynamic"], lineterminator="\n")
+        writer = csv.DictWriter(file, ["layer", "weight", "output"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(error) for error in errors)
 
@@ -184,14 +168,14 @@ def write_errors(errors: Sequence[LayerError], path: Path) -> None:
 
 
 def measure(options: QuantizeOptions, out: Path) -> str:
-    """Word errors in noise of the model, of the int8 file, and of dynamic int8: `dawhisper evaluate` of the three."""
+    """Word errors in noise of the model and of the int8 file: `dawhisper evaluate` of the two."""
     try:
         from dawhisper.evaluation import run as evaluate
     except ModuleNotFoundError as e:
         raise OptionError(f"word errors need {e.name}: pip install 'dawhisper[evaluate]'") from e
 
     folder = out.with_suffix(".evaluation")
-    models = [f"float={options.model}", f"int8={out}", f"dynamic=dynamic:{options.model}"]
+    models = [f"float={options.model}", f"int8={out}"]
     chosen = {"snrs": options.snrs} if options.snrs else {}
     evaluate.run(
         evaluate.EvaluateOptions(

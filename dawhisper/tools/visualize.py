@@ -32,7 +32,7 @@ from dawhisper.model import AudioFeatures, Trace, Whisper
 from dawhisper.noise.mixing import add_noise
 from dawhisper.timing import Word, find_alignment
 from dawhisper.training.losses import noise_dominance
-from dawhisper.transcribe import TranscribeOptions
+from dawhisper.transcription import TranscribeOptions
 
 FORMATS = ("html", "json", "png")
 FORMAT_VERSION = 1

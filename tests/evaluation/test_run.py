@@ -31,7 +31,7 @@ from dawhisper.evaluation.scores import Hypothesis, Scorer
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.noise.mixing import Mixture, measure_snr
 from dawhisper.noise.recordings import NoiseBank
-from dawhisper.transcribe import mel_batch
+from dawhisper.window import mel_batch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIMS = ModelDimensions(80, 1500, 16, 2, 2, 51865, 24, 16, 2, 2)

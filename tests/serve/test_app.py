@@ -32,7 +32,8 @@ from dawhisper.audio import load_audio
 from dawhisper.errors import OptionError
 from dawhisper.serve.app import Guard, Metrics, ServerOptions, load_models
 from dawhisper.serve.worker import Clip, Engine, transcribe_together
-from dawhisper.transcribe import TranscribeOptions, transcribe
+from dawhisper.transcribe import transcribe
+from dawhisper.transcription import TranscribeOptions
 
 SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
 PATH = "/v1/audio/transcriptions"

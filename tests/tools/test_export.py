@@ -14,8 +14,9 @@ from helpers.sound import noise, write_wav
 from dawhisper import DualOptions, load_model, log_mel_spectrogram, pad_or_trim, save_model
 from dawhisper.decoding import DecodingOptions, decode_windows
 from dawhisper.errors import CheckpointError
+from dawhisper.formats.onnx import load_onnx
 from dawhisper.model import KVCache, Whisper
-from dawhisper.tools.export import DecoderGraph, EncoderGraph, check, export, load_onnx
+from dawhisper.tools.export import DecoderGraph, EncoderGraph, check, export
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")

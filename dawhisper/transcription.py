@@ -1,0 +1,215 @@
+"""What is asked of a transcription and what it answers: options, segments of text with times, results.
+
+Times are in seconds. Options and results are openai-whisper's, and more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+from whisper.audio import FRAMES_PER_SECOND
+from whisper.tokenizer import Tokenizer
+from whisper.utils import format_timestamp
+
+from .console import show
+from .decoding import DecodingOptions
+from .errors import OptionError, near_names
+from .timing import Word
+from .vad import Skip
+
+
+@dataclass(frozen=True)
+class TranscribeOptions:
+    """How to transcribe a recording; the fields are the arguments of openai-whisper's `transcribe`.
+
+    verbose: True prints segments as they come, False shows a progress bar, None is silent.
+    temperature: tried in turn while a window's text is too repetitive (compression_ratio_threshold) or too unlikely
+        (logprob_threshold, mean natural log probability).
+    no_speech_threshold: windows whose no-speech probability is above it are silence, with a model that was not trained
+        on noise alone (`knows_silence`) only if their text is unlikely.
+    condition_on_previous_text: earlier text is the prompt of the next window.
+    initial_prompt: prompt of the first window; carry_initial_prompt: of every window.
+    word_timestamps: times for each word; prepend_ and append_punctuations are merged with the neighbouring word.
+    clip_timestamps: "start,end,start,..." or a list, in seconds: the parts to transcribe.
+    hallucination_silence_threshold: with word_timestamps, skip silences longer than this (seconds) around text that
+        is likely made up.
+    audio_track: which of a video's sound tracks, counted from 1; None is the default one.
+    batch_size: windows decoded together; recordings are cut into them at pauses, and none is prompted with the text
+        before it. None decodes one window after the other, each prompted with the text before it.
+    vad_filter: leave out what the voice activity detector hears no speech in.
+    decoding: the options of each window; its temperature and prompt are set by this loop.
+    """
+
+    verbose: bool | None = None
+    temperature: float | Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    compression_ratio_threshold: float | None = 2.4
+    logprob_threshold: float | None = -1.0
+    no_speech_threshold: float | None = 0.6
+    condition_on_previous_text: bool = True
+    initial_prompt: str | None = None
+    carry_initial_prompt: bool = False
+    word_timestamps: bool = False
+    prepend_punctuations: str = "\"'“¿([{-"
+    append_punctuations: str = "\"'.。,，!！?？:：”)]}、"
+    clip_timestamps: str | Sequence[float] = "0"
+    hallucination_silence_threshold: float | None = None
+    audio_track: int | None = None
+    batch_size: int | None = None
+    vad_filter: bool = False
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+
+    @classmethod
+    def of(cls, **options: Any) -> TranscribeOptions:
+        """From the flat keyword arguments of `transcribe`: these fields and those of DecodingOptions."""
+        own = {f.name for f in fields(cls)} - {"decoding"}
+        window = {f.name for f in fields(DecodingOptions)} - own - {"prompt"}
+        for name, value in options.items():
+            if name not in own | window:
+                raise OptionError(f"unknown option {name!r}{near_names(name, own | window)}")
+            options[name] = plain_number(name, value)
+        decoding = DecodingOptions(**{k: v for k, v in options.items() if k in window})
+        made = cls(decoding=decoding, **{k: v for k, v in options.items() if k in own})
+        if made.batch_size is not None and made.batch_size < 1:
+            raise OptionError(
+                f"batch_size is at least 1, or None for one window after the other; not {made.batch_size}"
+            )
+        if made.audio_track is not None and made.audio_track < 1:
+            raise OptionError(f"audio_track is counted from 1, not {made.audio_track}")
+        for temperature in made.temperatures():
+            made.at(temperature).verify()
+        seek_points(made.clip_timestamps)
+        return made
+
+    def speaking(self, language: str) -> TranscribeOptions:
+        """With the language of a recording."""
+        return replace(self, decoding=replace(self.decoding, language=language))
+
+    def temperatures(self) -> list[float]:
+        given = self.temperature
+        return [float(t) for t in ([given] if isinstance(given, (int, float)) else given)]
+
+    def at(self, temperature: float, prompt: list[int] | None = None) -> DecodingOptions:
+        """A window's options: beams at temperature 0, samples above it."""
+        options = replace(self.decoding, temperature=temperature, prompt=prompt)
+        if temperature > 0:
+            return replace(options, beam_size=None, patience=None)
+        return replace(options, best_of=None)
+
+
+def plain_number(name: str, value: Any) -> Any:
+    """A number as Python's own, from numpy's or torch's; OptionError for nan and inf. Other values stay as they are."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"{name} is a number, not {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of speech; `words` is None where no word times were asked for."""
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: list[Word] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """openai-whisper's dict of this segment."""
+        made = asdict(self)
+        if self.words is None:
+            del made["words"]
+        return made
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """A recording's text, segments, language code, and the parts that were skipped and why.
+
+    `result["text"]` works as with openai-whisper's dict.
+    """
+
+    text: str
+    segments: list[Segment]
+    language: str
+    skipped: list[Skip] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        segments = [segment.to_dict() for segment in self.segments]
+        skipped = [asdict(skip) for skip in self.skipped]
+        return {"text": self.text, "segments": segments, "language": self.language, "skipped": skipped}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
+
+
+class Recording(Protocol):
+    """What is known of a recording while it is transcribed; `skipped` grows."""
+
+    @property
+    def duration(self) -> float:
+        """In seconds; when batched, of what was read so far."""
+
+    @property
+    def language(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def skipped(self) -> list[Skip]: ...
+
+
+def collect(segments: Iterable[Segment], recording: Recording) -> Transcription:
+    """All segments, as a Transcription."""
+    kept = list(segments)
+    text = recording.tokenizer.decode([token for segment in kept for token in segment.tokens])
+    return Transcription(text, kept, recording.language, sorted(recording.skipped, key=lambda skip: skip.start))
+
+
+def warn_of_translated_words(options: TranscribeOptions) -> None:
+    if options.word_timestamps and options.decoding.task == "translate":
+        warnings.warn("Word-level timestamps on translations may not be reliable.", stacklevel=2)
+
+
+def clip_frames(timestamps: str | Sequence[float]) -> list[tuple[int, int | None]]:
+    """First and last frame of each part to transcribe; None is the recording's end."""
+    points = seek_points(timestamps)
+    return list(itertools.zip_longest(points[::2], points[1::2]))
+
+
+def seek_points(timestamps: str | Sequence[float]) -> list[int]:
+    """Frames of "start,end,start,..." in seconds."""
+    try:
+        given = timestamps.split(",") if isinstance(timestamps, str) else timestamps
+        seconds = [float(t) for t in given if t != ""]
+    except (TypeError, ValueError):
+        raise OptionError(f"clip_timestamps is start,end,start,... in seconds, not {timestamps!r}") from None
+    if any(b < a for a, b in itertools.pairwise(seconds)) or not all(0 <= t < math.inf for t in seconds):
+        raise OptionError(f"clip_timestamps are seconds that neither go back nor below 0, not {timestamps!r}")
+    return [round(t * FRAMES_PER_SECOND) for t in seconds] or [0]
+
+
+def say(heard: Segment | Skip, options: TranscribeOptions) -> None:
+    """Print a segment, or what was skipped, where that was asked for."""
+    if options.verbose and not (isinstance(heard, Segment) and not heard.text):
+        show(printable(heard))
+
+
+def printable(heard: Segment | Skip) -> str:
+    text = heard.text if isinstance(heard, Segment) else f" (skipped: {heard.why})"
+    return f"[{format_timestamp(heard.start)} --> {format_timestamp(heard.end)}] {text}"

@@ -1,0 +1,354 @@
+"""What one window of 30 s gives: features, tokens with their fallback, silence, segments, words.
+
+Times are in seconds, `seek` positions in mel frames of 10 ms. The behaviour is openai-whisper's; what differs is that a
+window is encoded once, however often it is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH, N_FRAMES, SAMPLE_RATE
+from whisper.tokenizer import LANGUAGES, Tokenizer
+
+from .audio import log_mel_spectrogram, pad_or_trim
+from .console import show
+from .decoding import DecodingResult, decode_windows, detect_language
+from .model import AudioFeatures, Whisper
+from .timing import TimedText, Word, add_word_times
+from .transcription import Recording, Segment, TranscribeOptions
+from .vad import Skip
+
+PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Up to 30 s of a recording: `size` frames from frame `seek` on."""
+
+    seek: int
+    size: int
+
+    @property
+    def start(self) -> float:
+        return self.seek * HOP_LENGTH / SAMPLE_RATE
+
+    @property
+    def duration(self) -> float:
+        return self.size * HOP_LENGTH / SAMPLE_RATE
+
+    @property
+    def end(self) -> int:
+        return self.seek + self.size
+
+    def skip(self, why: str) -> Split:
+        """This window as one that counts as not heard."""
+        return Split([], self.end, heard=False, skipped=(Skip(self.start, self.start + self.duration, why),))
+
+    @property
+    def end_of_30s(self) -> float:
+        return (self.seek + N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a window gave: its segments, and the frame where the next window starts.
+
+    at_end: the text says that nothing is spoken after its last timestamp; heard: its text leads the next window's.
+    """
+
+    segments: list[Segment]
+    resume: int
+    at_end: bool = False
+    heard: bool = True
+    skipped: tuple[Skip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The earlier text that a window is decoded with: the tokens given at first, and those decoded lately."""
+
+    initial: list[int]
+    recent: list[int]
+    room: int
+    was_reset: bool = False
+
+    @classmethod
+    def of(cls, model: Whisper, tokenizer: Tokenizer, options: TranscribeOptions) -> Prompt:
+        text = options.initial_prompt
+        return cls(
+            tokenizer.encode(" " + text.strip(), disallowed_special=()) if text else [],
+            [],
+            model.dims.n_text_ctx // 2 - 1,
+        )
+
+    def tokens(self, options: TranscribeOptions) -> list[int]:
+        if options.carry_initial_prompt:
+            room = self.room - len(self.initial)
+            return self.initial + (self.recent[-room:] if room > 0 else [])
+        return self.recent if self.was_reset else self.initial + self.recent
+
+    def after(self, segments: list[Segment], result: DecodingResult, options: TranscribeOptions) -> Prompt:
+        # text sampled at a high temperature would lead the next window astray
+        if not options.condition_on_previous_text or result.temperature > 0.5:
+            return replace(self, recent=[], was_reset=True)
+        said = self.recent + [token for segment in segments for token in segment.tokens]
+        return replace(self, recent=said[-self.room :])
+
+
+def spoken_languages(model: Whisper, audio: Tensor | AudioFeatures, options: TranscribeOptions) -> list[str]:
+    """Language codes of windows [B, ..]; English for a model that knows no other."""
+    if not model.is_multilingual:
+        return ["en"] * len(audio if isinstance(audio, Tensor) else audio.primary)
+    _, probs = detect_language(model, audio)
+    languages = [max((p, code) for code, p in each.items())[1] for each in probs]  # type: ignore[union-attr]
+    if options.verbose is not None:
+        for language in languages:
+            show(f"Detected language: {LANGUAGES[language].title()}")
+    return languages
+
+
+def split_window(
+    model: Whisper,
+    recording: Recording,
+    window: Window,
+    result: DecodingResult,
+    options: TranscribeOptions,
+    last_speech: float,
+) -> Split:
+    """What a decoded window gave, with words where they are asked for."""
+    if is_silence(model, result, options):
+        return window.skip("no speech")
+    split = split_segments(result, window, model, recording.tokenizer)
+    if not options.word_timestamps:
+        return split
+    features = AudioFeatures(*(x[None] for x in result.audio_features))
+    return with_words(split, model, recording, features, window, last_speech, options)
+
+
+def is_audible(mel: Tensor) -> bool:
+    """Whether anything in the window [n_mels, frames] rises above the spectrogram's floor, 80 dB below the maximum.
+
+    In digital silence openai-whisper hears "you"; this is the one place where we differ from it.
+    """
+    low, high = mel.aminmax()
+    return bool(low < high)
+
+
+def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
+    """Features [1, T, d] of a window."""
+    audio = pad_or_trim(mel[:, window.seek : window.end], padded_frames(model, window.size))
+    with torch.no_grad():
+        return model.encode(audio[None].to(model.device, model.dtype))
+
+
+def padded_frames(model: Whisper, size: int) -> int:
+    """How many frames to encode for `size` frames of audio: 30 s, or less where the model was trained for it.
+
+    Then whole seconds with at least one of silence: without it decoding runs into loops (3 of 60 LibriSpeech clips, WER
+    24.6% against 5.1%, with the first checkpoint that was trained so).
+    """
+    if not model.variable_audio_ctx:
+        return N_FRAMES
+    return min(N_FRAMES, (-(-size // FRAMES_PER_SECOND) + 1) * FRAMES_PER_SECOND)
+
+
+def mel_batch(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
+    """Clips of at most 30 s -> [B, n_mels, N] on the model's device, N the `padded_frames` of the longest."""
+    length = padded_frames(model, -(-max(map(len, clips)) // HOP_LENGTH)) * HOP_LENGTH
+    audio = np.stack([pad_or_trim(clip, length) for clip in clips])
+    return log_mel_spectrogram(audio, model.dims.n_mels, device=model.device)
+
+
+def decode_with_fallback(
+    model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]
+) -> list[DecodingResult]:
+    """Decode windows [B, T, d] at each temperature in turn, those alone whose text is too repetitive or unlikely."""
+    results: dict[int, DecodingResult] = {}
+    failing = list(range(len(features.primary)))
+    for temperature in options.temperatures():
+        decoded = decode_windows(model, pick(features, failing), options.at(temperature, prompt))
+        results.update(zip(failing, decoded))
+        failing = [i for i in failing if needs_fallback(model, results[i], options)]
+        if not failing:
+            break
+    return [results[i] for i in sorted(results)]
+
+
+def pick(features: AudioFeatures, windows: list[int]) -> AudioFeatures:
+    """Some windows of a batch, without a copy where they are all of it."""
+    if len(windows) == len(features.primary):
+        return features
+    primary = features.primary[windows]
+    return AudioFeatures(primary, primary if features.secondary is features.primary else features.secondary[windows])
+
+
+def needs_fallback(model: Whisper, result: DecodingResult, options: TranscribeOptions) -> bool:
+    believed = model.knows_silence or unlikely(result, options)
+    if believed and exceeds(result.no_speech_prob, options.no_speech_threshold):
+        return False  # silence
+    return unlikely(result, options) or exceeds(result.compression_ratio, options.compression_ratio_threshold)
+
+
+def is_silence(model: Whisper, result: DecodingResult, options: TranscribeOptions) -> bool:
+    """No speech is probable, and the text does not speak against it by being likely.
+
+    Where the model was trained on noise alone the text has no say: stock Whisper's no-speech probability needs its
+    help, and is 0.33 to 0.75 in noise, a trained one's 0.72 to 0.999, and below 0.2 in speech, noisy or not.
+    """
+    if not exceeds(result.no_speech_prob, options.no_speech_threshold):
+        return False
+    return model.knows_silence or not exceeds(result.avg_logprob, options.logprob_threshold)
+
+
+def unlikely(result: DecodingResult, options: TranscribeOptions) -> bool:
+    return options.logprob_threshold is not None and result.avg_logprob < options.logprob_threshold
+
+
+def exceeds(value: float, threshold: float | None) -> bool:
+    return threshold is not None and value > threshold
+
+
+def split_segments(result: DecodingResult, window: Window, model: Whisper, tokenizer: Tokenizer) -> Split:
+    """Cut a window's tokens at its pairs of timestamps; an unfinished segment at its end is left to the next window."""
+    stride = N_FRAMES // model.dims.n_audio_ctx  # mel frames per timestamp: 2
+    precision = stride * HOP_LENGTH / SAMPLE_RATE  # seconds per timestamp: 0.02
+    tokens, begin = result.tokens, tokenizer.timestamp_begin
+    is_time = [token >= begin for token in tokens]
+    at_end = is_time[-2:] == [False, True]
+
+    def segment(tokens: list[int], start: float, end: float) -> Segment:
+        text = tokenizer.decode([token for token in tokens if token < tokenizer.eot])
+        return Segment(
+            id=0,
+            seek=window.seek,
+            start=start,
+            end=end,
+            text=text,
+            tokens=tokens,
+            temperature=result.temperature,
+            avg_logprob=result.avg_logprob,
+            compression_ratio=result.compression_ratio,
+            no_speech_prob=result.no_speech_prob,
+        )
+
+    cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
+    if not cuts:  # one segment, to its last timestamp or to the window's end
+        times = [token for token in tokens if token >= begin]
+        duration = (times[-1] - begin) * precision if times and times[-1] != begin else window.duration
+        only = segment(tokens, window.start, window.start + duration)
+        return Split([only], window.seek + window.size, at_end)
+    if at_end:
+        cuts.append(len(tokens))
+    pieces = [tokens[i:j] for i, j in zip([0, *cuts], cuts)]
+    segments = [
+        segment(piece, window.start + (piece[0] - begin) * precision, window.start + (piece[-1] - begin) * precision)
+        for piece in pieces
+    ]
+    resume = window.seek + (window.size if at_end else (pieces[-1][-1] - begin) * stride)
+    return Split(segments, resume, at_end)
+
+
+def without_empty(segment: Segment) -> Segment:
+    """A segment that takes no time or has no text keeps its place, but says nothing."""
+    if segment.start == segment.end or not segment.text.strip():
+        return replace(segment, text="", tokens=[], words=[])
+    return segment
+
+
+# ---------------------------------------------------------------------------------------- word times in long form
+
+
+def last_word_end(segments: list[Segment], default: float) -> float:
+    """Where the last word ends, in seconds; without words, where the last segment does."""
+    ends = [word.end for segment in segments for word in segment.words or []]
+    return ends[-1] if ends else segments[-1].end if segments else default
+
+
+def with_words(
+    split: Split,
+    model: Whisper,
+    recording: Recording,
+    features: AudioFeatures,
+    window: Window,
+    last_speech: float,
+    options: TranscribeOptions,
+) -> Split:
+    """Give the segments their words, go on after the last of them, and drop what is likely made up in silence."""
+    eot = recording.tokenizer.eot
+    texts = [TimedText([t for t in s.tokens if t < eot], s.start, s.end) for s in split.segments]
+    timed = add_word_times(
+        texts,
+        model,
+        recording.tokenizer,
+        features,
+        window.size,
+        window.start,
+        last_speech,
+        options.prepend_punctuations,
+        options.append_punctuations,
+    )
+    segments = [replace(s, start=t.start, end=t.end, words=list(t.words)) for s, t in zip(split.segments, timed)]
+    split = replace(split, segments=segments)
+    spoken_until = last_word_end(segments, default=window.start)
+    threshold = options.hallucination_silence_threshold
+    if not split.at_end and spoken_until > window.start:
+        resume = round(spoken_until * FRAMES_PER_SECOND)
+        if threshold is not None and window.end_of_30s - spoken_until <= threshold:
+            resume = window.seek + window.size
+        split = replace(split, resume=resume)
+    return split if threshold is None else without_hallucinations(split, window, recording, last_speech, threshold)
+
+
+def without_hallucinations(
+    split: Split, window: Window, recording: Recording, last_speech: float, threshold: float
+) -> Split:
+    """Skip silences longer than `threshold` seconds before improbable segments, and such segments within silence."""
+    segments = split.segments
+    first = next((s for s in segments if s.words), None)
+    if first is not None and is_anomalous(first) and first.start - window.start > threshold:
+        silence = Skip(window.start, first.start, "silence before improbable text")
+        resume = window.seek + round((first.start - window.start) * FRAMES_PER_SECOND)
+        return Split([], resume, heard=False, skipped=(silence,))
+
+    heard_until = last_speech
+    for i, segment in enumerate(segments):
+        if not segment.words:
+            continue
+        if is_anomalous(segment):
+            following = next((s for s in segments[i + 1 :] if s.words), None)
+            next_start = following.words[0].start if following and following.words else window.start + window.duration
+            silent_before = (
+                segment.start - heard_until > threshold
+                or segment.start < threshold
+                or segment.start - window.start < 2.0
+            )
+            silent_after = (
+                next_start - segment.end > threshold
+                or (following is not None and is_anomalous(following))
+                or window.end_of_30s - segment.end < 2.0
+            )
+            if silent_before and silent_after:
+                resume, skipped = round(max(window.start + 1, segment.start) * FRAMES_PER_SECOND), split.skipped
+                if recording.duration - segment.end < threshold:
+                    resume = round(recording.duration * FRAMES_PER_SECOND)
+                    skipped = (Skip(segment.start, recording.duration, "improbable text in silence"),)
+                return replace(split, segments=segments[:i], resume=resume, skipped=skipped)
+        heard_until = segment.end
+    return split
+
+
+def is_anomalous(segment: Segment) -> bool:
+    """Whether the first words are too improbable, too short or too long to have been spoken."""
+    words = [word for word in segment.words or [] if word.word not in PUNCTUATION][:8]
+    score = sum(word_anomaly(word) for word in words)
+    return bool(segment.words) and (score >= 3 or score + 0.01 >= len(words))
+
+
+def word_anomaly(word: Word) -> float:
+    duration = word.end - word.start
+    return (word.probability < 0.15) + max(0.0, 0.133 - duration) * 15 + max(0.0, duration - 2.0)
