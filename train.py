@@ -32,17 +32,21 @@ from dawhisper.data.loader import Report
 from dawhisper.distributed import World
 from dawhisper.errors import DawhisperError, OptionError
 from dawhisper.model import Whisper
-from dawhisper.training import snapshots as snapshot
-from dawhisper.training.batches import Feed
-from dawhisper.training.cuda_graphs import TOKEN_MULTIPLE, Replay
-from dawhisper.training.dev_set import DevSet
-from dawhisper.training.inputs import Inputs, count
-from dawhisper.training.log import Log
-from dawhisper.training.objective import Student, Teacher
-from dawhisper.training.optimizer import Average, make_optimizer, optimizer_step, rate_factor, set_rate
-from dawhisper.training.parallel import attention_kernel, parallelise
-from dawhisper.training.recipe import Recipe, differences, read_recipe, to_dict
-from dawhisper.training.surgery import check_teacher, freeze, shrink, taught_layers
+
+try:
+    from dawhisper.training import snapshots as snapshot
+    from dawhisper.training.batches import Feed
+    from dawhisper.training.cuda_graphs import TOKEN_MULTIPLE, Replay
+    from dawhisper.training.dev_set import DevSet
+    from dawhisper.training.inputs import Inputs, count
+    from dawhisper.training.log import Log
+    from dawhisper.training.objective import Student, Teacher
+    from dawhisper.training.optimizer import Average, make_optimizer, optimizer_step, rate_factor, set_rate
+    from dawhisper.training.parallel import attention_kernel, parallelise
+    from dawhisper.training.recipe import Recipe, differences, read_recipe, to_dict
+    from dawhisper.training.surgery import check_teacher, freeze, shrink, taught_layers
+except ModuleNotFoundError as e:
+    sys.exit(f"train: error: training needs {e.name}, which is not installed: pip install 'dawhisper[train]'")
 
 STOPPED = 128 + signal.SIGTERM  # exit code after SIGTERM
 

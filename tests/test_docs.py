@@ -2,7 +2,7 @@
 
 `base` is replaced by a real model from the weights folder (tiny.en, or base where a language is asked for), or by a
 small random one (for Azerbaijani, and to be stored in other formats); training is cut to one step. Nothing is
-installed or fetched: the lines of the installation are those of .ci/run. A line that can't be run stands under
+installed or fetched: .ci/run does that with the README's lines. A line that can't be run stands under
 <!-- not run by the tests: REASON -->.
 """
 
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ import torch
 from helpers.models import MULTILINGUAL, talkative
 from helpers.server import launch
 from helpers.sound import noise, write_wav
+from helpers.training import SPEED
 
 import dawhisper
 import train
@@ -37,12 +39,18 @@ from dawhisper.serve import stream as streaming
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-INSTALLATION = (r"python3 -m venv \.venv", r"\. \.venv/bin/activate", r"pip install -e '[^']+'", r"python -m pytest")
+INSTALLATION = (
+    r"python3 -m venv \.venv",
+    r"\. \.venv/bin/activate",
+    r"pip install -c constraints.txt -e \S+",
+    r"python -m pytest",
+)
 NOT_RUN = r"^<!-- not run by the tests: .+ -->\n```bash\n.*?^```\n"
 SMALL = [
     *("device=cpu", "loop.steps=1", "loop.compile=off", "data.batch_size=1", "data.workers=0", "optim.warmup=1"),
     *("evaluate.kinds=white", "evaluate.clips=1", "evaluate.per_clip=1", "evaluate.max_tokens=4"),
     "objective.encoder=0",
+    *SPEED,
 ]
 
 
@@ -64,13 +72,22 @@ def commands(path: Path) -> list[str]:
 
 def test_documents_have_commands() -> None:
     assert {path.name for path in DOCUMENTS} >= {"README.md", "transcribe.md", "adapt.md", "serve.md", "compare.md"}
-    assert all(commands(path) for path in DOCUMENTS if path.name != "compare.md")
+    assert all(commands(path) for path in DOCUMENTS if path.name not in ("compare.md", "install.md"))
 
 
-def test_the_installation_is_that_of_ci() -> None:
-    ci = (ROOT / ".ci" / "run").read_text()
-    assert "pip install -q --disable-pip-version-check -e '.[train,test]'" in ci
-    assert "python -m pytest" in ci
+def test_ci_takes_both_commands_from_the_readme() -> None:
+    found = re.findall(r"^python3 -m venv.*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert [line.split(" && ")[2] for line in found] == [
+        "pip install -c constraints.txt -e .",
+        "pip install -c constraints.txt -e '.[test]'",
+    ]
+    assert "grep '^python3 -m venv' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_lock_has_every_package_that_the_project_names() -> None:
+    locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    named = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requires("dawhisper") or ()}
+    assert named - {"dawhisper"} <= locked
 
 
 def test_links_lead_somewhere() -> None:

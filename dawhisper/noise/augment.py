@@ -128,7 +128,7 @@ def speed_changer(speed: float, device: torch.device) -> torch.nn.Module:
     """
     try:
         from torchaudio.transforms import Speed
-    except (ImportError, OSError) as e:
+    except (ImportError, OSError, RuntimeError) as e:
         raise OptionError(f"a changed speed needs torchaudio, {_torchaudio_fault(e)}, or set speed_prob to 0") from e
     # The rate is given in hundredths: int(0.95 * 16000) and the like would be off by one.
     return Speed(100, speed + 1e-9).to(device)
@@ -141,9 +141,9 @@ def _torchaudio_fault(error: Exception) -> str:
     except PackageNotFoundError:
         return "which is not installed: pip install 'dawhisper[train]'"
     return (
-        f"and torchaudio {found} does not load beside torch {torch.__version__} ({error}). torch 2.11.0 goes with "
-        "torchaudio 2.11.0, torch 2.13 and newer with 2.11.1, both of them for CUDA or both for the CPU alone: "
-        "pip install torch==2.11.0 torchaudio==2.11.0"
+        f"and torchaudio {found} does not load beside torch {torch.__version__} ({error.__cause__ or error}). "
+        "torchaudio 2.11.0 fits torch 2.11 to 2.14, torchaudio 2.11.1 torch 2.13 and newer, both built for CUDA or "
+        "both for the CPU alone: pip install torch==2.11.0 torchaudio==2.11.0"
     )
 
 

@@ -42,3 +42,12 @@ def rirs() -> NoiseBank:
         rir[delay] = 0.9
         clips.append(rir)
     return NoiseBank(clips)
+
+
+def torchaudio_loads() -> bool:
+    """Whether clips can be played at another speed here: PyPI's torchaudio needs a torch built for CUDA."""
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True

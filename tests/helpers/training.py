@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers.noise import torchaudio_loads
 from helpers.sound import write_wav
 
 import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SPEED = () if torchaudio_loads() else ("augment.speed_prob=0",)
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -54,6 +56,7 @@ def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
         "optim.lr_new=1e-3",
         "evaluate.max_tokens=5",
         "evaluate.kinds=white",
+        *SPEED,
         *overrides,
     ]
 

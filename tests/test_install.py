@@ -1,0 +1,128 @@
+"""What a user sees when a package is missing or doesn't load, and that the project's metadata tell the truth."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import MULTILINGUAL, talkative
+from helpers.training import write_clips
+
+from dawhisper.model import Whisper
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = ROOT / "assets" / "speech.opus"
+WITHOUT_TORCHAUDIO = """
+import sys
+from pathlib import Path
+import httpx
+from helpers.command_line import QUICK
+from helpers.server import running
+from dawhisper import cli, load_model
+import train
+
+model, clip, clips, out = sys.argv[1:]
+manifest, few = str(Path(clips) / "manifest.jsonl"), ["--model", model, "--device", "cpu"]
+short = ["--limit", "1", "--bootstrap-samples", "10"]
+for words in (
+    ["transcribe", clip, "--model", model, *QUICK, "-o", out + "/text"],
+    ["prepare", manifest, "--out", out + "/prepared", "--language", "en", "--split", "1", "0", "0"],
+    ["join", manifest, "--out", out + "/joined", "--seconds", "1", "29"],
+    ["evaluate", manifest, *few, *short, "--kinds", "reverb", "--snr", "0", "--out", out + "/errors"],
+    ["visualize", clip, "--noise", clip, *few, "--language", "en", "--text", "modern", "-o", out + "/pictures"],
+    ["bench", str(Path(clips) / "0.wav"), *few],
+    ["export", "--model", model, "--out", out + "/onnx"],
+):
+    code = cli.main(words)
+    print(words[0], code, flush=True)
+with running({"tiny": load_model(model, device="cpu")}) as server:
+    print("serve", 0 if httpx.get(server.url + "/health").status_code == 200 else 1)
+print("train", train.main(["configs/base_noise.yaml", f"model.name={model}", f"data.train={manifest}", "device=cpu",
+    "data.workers=0", f"data.noise={clips}", f"out={out}/run", "model.branch.memory_layers=1"]))
+"""
+
+
+WITHOUT_EXTRAS = """
+import sys
+from importlib.machinery import PathFinder
+
+MISSING = ("fastapi", "jiwer", "matplotlib", "onnx", "sounddevice")
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name in MISSING else find_spec(name, *rest)
+from dawhisper import cli
+
+model, clip, clips, out = sys.argv[1:]
+for words in (
+    ["serve", "--model", model],
+    ["stream", "--model", model, "--device", "cpu"],
+    ["evaluate", clips, "--model", model],
+    ["bench", clip, "--model", model],
+    ["export", "--model", model, "--out", out],
+    ["visualize", clip, "--model", model, "--text", "one", "--language", "en", "-f", "png", "-o", out],
+    ["quantize", "--model", model, "--out", out + "/tiny.safetensors", "--manifest", clips],
+):
+    print(words[0], file=sys.stderr)
+    assert cli.main(words) == 1
+print("train", file=sys.stderr)
+import train
+"""
+
+
+def program(code: str, *words: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    folders = [*([str(path)] if path else []), str(ROOT), str(ROOT / "tests")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, "-c", code, *(str(word) for word in words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=1000.0)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.pt"
+    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.timeout(200)
+def test_a_torchaudio_that_does_not_load_stops_only_training(tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torchaudio.py").write_text("raise OSError('libtorchaudio.so: undefined symbol')")
+    manifest = write_clips(tmp_path / "clips", 6, seed=1)
+    manifest.write_text(re.sub(r'"speaker": "\d"', '"speaker": "a"', manifest.read_text()))  # for join
+    clips = manifest.parent
+    done = program(WITHOUT_TORCHAUDIO, tiny, CLIP, clips, tmp_path / "out", path=broken)
+    codes = dict(re.findall(r"^([a-z]+) (\d)$", done.stdout, re.MULTILINE))
+    wanted = ("transcribe", "prepare", "join", "evaluate", "visualize", "bench", "export", "serve")
+    assert codes == {**dict.fromkeys(wanted, "0"), "train": "1"}, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("train: error: ")]
+    assert "undefined symbol" in said and "pip install torch==" in said
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(200)
+def test_a_command_without_its_extra_says_what_to_install(tiny: Path, tmp_path: Path) -> None:
+    clips = write_clips(tmp_path / "clips", 1, seed=1).parent
+    done = program(WITHOUT_EXTRAS, tiny, CLIP, clips, tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    wanted = {
+        "serve": "serve",
+        "stream": "stream",
+        "evaluate": "evaluate",
+        "bench": "bench",
+        "export": "export",
+        "visualize": "plot",
+        "quantize": "evaluate",
+        "train": "train",
+    }
+    said = re.findall(
+        r"^(\w+)\n(?:dawhisper|train): error: .*pip install 'dawhisper\[(\w+)\]'", done.stderr, re.MULTILINE
+    )
+    assert dict(said) == wanted, done.stderr
