@@ -29,6 +29,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dawhisper.fast.int8 import quantize
+from dawhisper.formats.adapter import merged
+from dawhisper.formats.foreign import foreign_format
+from dawhisper.formats.vocabulary import whisper_rows
 
 from .errors import CheckpointError, OptionError
 from .files import replacing
@@ -46,6 +49,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+ADAPTER = "adapter_config.json"
+EMBEDDING = "decoder.token_embedding.weight"
 HF_WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 HF_PARTS = {  # parts of a Hugging Face parameter name -> openai-whisper's
     "layers": "blocks",
@@ -134,7 +139,7 @@ def load_model(
         if dual not in (None, exported.dual):
             raise CheckpointError(f"{path}: graphs can't be given another second branch; export the model that has it")
         return exported
-    stored = _read(path)
+    stored = _read(path, download_root)
     model = _build(stored, chosen, kind)
     if heads is not None:
         model.set_alignment_heads(heads)
@@ -243,8 +248,7 @@ def _downloaded(name: str, root: str | os.PathLike[str] | None) -> Path:
     """The file of a named model, from the cache or from OpenAI; its SHA-256 is part of its address."""
     url = _model_table()[name]
     checksum, file_name = url.split("/")[-2:]
-    cache = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisper"
-    target = (cache if root is None else Path(root).expanduser()) / file_name
+    target = _cache(root) / file_name
     if target.is_file():
         if _sha256(target) == checksum:
             return target
@@ -262,6 +266,12 @@ def _downloaded(name: str, root: str | os.PathLike[str] | None) -> Path:
             f"by other means and name the file itself as the model, for example /path/to/{file_name}"
         ) from e
     return target
+
+
+def _cache(root: str | os.PathLike[str] | None) -> Path:
+    """Where downloads are kept."""
+    cache = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisper"
+    return cache if root is None else Path(root).expanduser()
 
 
 def _fetch(url: str, target: Path) -> None:
@@ -286,13 +296,17 @@ def _sha256(path: Path) -> str:
 # ---- files -> tensors
 
 
-def _read(path: Path) -> Stored:
-    """Tell the kind of checkpoint by its content, and read it."""
+def _read(path: Path, root: str | os.PathLike[str] | None = None) -> Stored:
+    """Tell the kind of checkpoint by its content, and read it; `root` is where an adapter's base may have been kept."""
     try:
+        if path.is_dir() and (path / ADAPTER).is_file() and _weights_of(path) is None:
+            return _read_adapter(path, root)
         if path.is_dir():
             return _read_hf(path)
         with path.open("rb") as file:
             head = file.read(9)
+        if other := foreign_format(path):
+            raise CheckpointError(f"{path}: {_foreign(other)}")
         if not head:
             raise CheckpointError(f"{path}: the file is empty; download or copy it again")
         if head[8:9] == b"{":  # eight bytes of length, then JSON
@@ -309,7 +323,13 @@ def _read_openai(path: Path) -> Stored:
             f"{path}: not a Whisper checkpoint (it has no 'dims' and 'model_state_dict'); for a Hugging Face model "
             "name its folder, with config.json"
         )
-    return Stored(str(path), _dims(path, content["dims"]), _tensors(path, content["model_state_dict"]))
+    dims = _dims(path, content["dims"])
+    if dims.n_vocab > 51866 or (dims.n_vocab == 51866 and dims.n_mels == 80):  # 128 channels came with that size
+        raise CheckpointError(
+            f"{path}: a vocabulary of {dims.n_vocab} tokens, and nothing says which of them are Whisper's; name the "
+            "Hugging Face folder that it was made from"
+        )
+    return Stored(str(path), dims, _tensors(path, content["model_state_dict"]))
 
 
 def _read_dawhisper(path: Path) -> Stored:
@@ -326,6 +346,11 @@ def _read_dawhisper(path: Path) -> Stored:
 
 
 def _read_hf(folder: Path) -> Stored:
+    if _weights_of(folder) is None:
+        if newest := _newest_checkpoint(folder):
+            raise CheckpointError(f"{folder}: a Trainer's folder; name its newest checkpoint, {newest}, as the model")
+        if other := foreign_format(folder):
+            raise CheckpointError(f"{folder}: {_foreign(other)}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder; name a Hugging Face Whisper folder or a file")
     config = _json(folder / "config.json")
@@ -352,17 +377,71 @@ def _read_hf(folder: Path) -> Stored:
     heads = _json(generation).get("alignment_heads") if generation.is_file() else None
     tensors = _tensors(folder, {_openai_name(name): tensor for name, tensor in _hf_tensors(folder)})
     output = tensors.pop("proj_out.weight", None)
-    embedding = tensors.get("decoder.token_embedding.weight")
+    embedding = tensors.setdefault(EMBEDDING, output) if output is not None else tensors.get(EMBEDDING)
     if output is not None and embedding is not None and not torch.equal(output, embedding):
         raise CheckpointError(
             f"{folder}: its output layer differs from its token embedding, which no Whisper model has"
         )
-    return Stored(str(folder), _dims(folder, dataclasses.asdict(dims)), tensors, alignment_heads=_pairs(folder, heads))
+    checked = _dims(folder, dataclasses.asdict(dims))
+    rows = whisper_rows(folder, config)
+    if embedding is not None and rows < len(embedding) == checked.n_vocab:
+        warnings.warn(f"{folder}: {checked.n_vocab - rows} tokens that are not Whisper's are left out", stacklevel=4)
+        tensors[EMBEDDING] = embedding[:rows]
+        checked = dataclasses.replace(checked, n_vocab=rows)
+    return Stored(str(folder), checked, tensors, alignment_heads=_pairs(folder, heads))
+
+
+def _read_adapter(folder: Path, root: str | os.PathLike[str] | None) -> Stored:
+    """An adapter, merged into the model that it was trained on."""
+    config = _json(folder / ADAPTER)
+    base = str(config.get("base_model_name_or_path"))
+    path = _base_at_hand(folder, base, root)
+    if path is None:
+        name = base.split("/")[-1].removeprefix("whisper-")
+        hint = f"or put {base} into a folder of that name"
+        if name in _model_table():
+            hint = f"or get {base} with dawhisper.load_model({name!r}), then name the adapter again"
+        raise CheckpointError(f"{folder}: it is an adapter: merge it into its model first with peft, {hint}")
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: no {files[0].name} in this folder; get the adapter again")
+    adapter = _tensors(file, dict(_tensors_of(file)))
+    stored = _read(path, root)
+    weights = merged(str(folder), config, adapter, stored.tensors, _openai_name)
+    return dataclasses.replace(stored, source=str(folder), tensors=weights)
+
+
+def _base_at_hand(folder: Path, base: str, root: str | os.PathLike[str] | None) -> Path | None:
+    """Where an adapter's base is: a path, as seen from here or from the adapter, or in a cache of downloads."""
+    for place in (Path(base).expanduser(), folder / base, folder.parent / base):
+        if place.exists() and place.resolve() != folder.resolve():
+            return place
+    name = base.split("/")[-1].removeprefix("whisper-")
+    if name in _model_table() and (file := _cache(root) / _model_table()[name].split("/")[-1]).is_file():
+        return file
+    hub = Path(os.getenv("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    snapshots = sorted((hub / f"models--{base.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+    return snapshots[-1].parent if snapshots else None
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The last of the checkpoints that a Trainer wrote into a folder."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
+    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def _foreign(name: str) -> str:
+    return f"a model in the format of {name}, which dawhisper does not read; name the model that it was made from"
+
+
+def _weights_of(folder: Path) -> Path | None:
+    return next((folder / name for name in HF_WEIGHTS if (folder / name).is_file()), None)
 
 
 def _hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a Hugging Face folder: one file or several, safetensors or pickled."""
-    found = next((folder / name for name in HF_WEIGHTS if (folder / name).is_file()), None)
+    found = _weights_of(folder)
     if found is None:
         adapter = any(folder.glob("adapter_*"))
         hint = (
@@ -378,15 +457,19 @@ def _hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file}: this part of the model is missing; download the folder again")
-        if file.suffix == ".safetensors":
-            with _safetensors(file) as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-        else:
-            content = _unpickled(file)
-            if not isinstance(content, dict):
-                raise CheckpointError(f"{file}: it holds no tensors; download the folder again")
-            yield from content.items()
+        yield from _tensors_of(file)
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix == ".safetensors":
+        with _safetensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+        return
+    content = _unpickled(file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: it holds no tensors; download the folder again")
+    yield from content.items()
 
 
 def _openai_name(name: str) -> str:

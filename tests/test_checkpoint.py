@@ -229,6 +229,181 @@ def test_untied_output_layer_is_refused(tmp_path: Path) -> None:
     one_line(error, "output layer")
 
 
+# ---- folders as people have them
+
+
+@pytest.mark.parametrize("told_by", ["added_tokens", "tokenizer_config", "tokenizer", "generation", "forced ids"])
+@pytest.mark.parametrize("added", [1, 2, 39])
+def test_added_tokens_are_left_out(told_by: str, added: int, tmp_path: Path) -> None:
+    """Where Whisper's special tokens are is read from the folder; one more row is not a hundredth language."""
+    model = random_model()
+    wide = random_model(dataclasses.replace(DIMS, n_vocab=DIMS.n_vocab + added))
+    wide.decoder.token_embedding.weight.data[: DIMS.n_vocab] = model.decoder.token_embedding.weight.data
+    for name, value in model.state_dict().items():
+        if "token_embedding" not in name:
+            wide.state_dict()[name].copy_(value)
+    folder = save_hf(wide, tmp_path / "hf", "safetensors")
+    tokens = {f"<tok{i}>": DIMS.n_vocab + i for i in range(added)}
+    config = json.loads((folder / "config.json").read_text())
+    if told_by == "added_tokens":
+        (folder / "added_tokens.json").write_text(json.dumps(tokens))
+    elif told_by == "tokenizer_config":
+        decoder = {"50363": {"content": "<|notimestamps|>"}, "51865": {"content": "<tok0>"}}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    elif told_by == "tokenizer":
+        listed = [{"id": 50359, "content": "<|transcribe|>"}, {"id": 50364, "content": "<|0.00|>"}]
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}))
+    elif told_by == "generation":
+        (folder / "generation_config.json").write_text(json.dumps({"no_timestamps_token_id": 50363}))
+    else:
+        forced = [[1, 50259], [2, 50359], [3, 50363]]
+        (folder / "config.json").write_text(json.dumps({**config, "forced_decoder_ids": forced}))
+    with pytest.warns(UserWarning, match=f"{added} tokens that are not Whisper's are left out"):
+        loaded = load_model(folder, device="cpu")
+    assert loaded.dims == DIMS and loaded.num_languages == 99
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_vocabulary_that_nothing_explains_is_refused(tmp_path: Path) -> None:
+    folder = save_hf(random_model(dataclasses.replace(DIMS, n_vocab=51904)), tmp_path / "hf", "safetensors")
+    for files, part in (
+        ({}, "51904 tokens"),
+        ({"generation_config.json": {"no_timestamps_token_id": 51000}}, "disagree"),
+        (
+            {
+                "generation_config.json": {"no_timestamps_token_id": 50363},
+                "tokenizer_config.json": {"added_tokens_decoder": {"50364": {"content": "<|notimestamps|>"}}},
+            },
+            "disagree",
+        ),
+    ):
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content))
+        with pytest.raises(CheckpointError) as error:
+            load_model(folder, device="cpu")
+        one_line(error, str(folder), part)
+    for n_vocab in (51866, 51870):  # 80 mel channels have 99 languages
+        path = save_openai(random_model(dataclasses.replace(DIMS, n_vocab=n_vocab)), tmp_path / "m.pt")
+        with pytest.raises(CheckpointError) as error:
+            load_model(path, device="cpu")
+        one_line(error, f"{n_vocab} tokens", "Hugging Face folder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("output", ["tied", "beside", "alone"])
+def test_weights_of_any_type_and_output(dtype: torch.dtype, output: str, tmp_path: Path) -> None:
+    """The output layer may be left out, stored beside the embedding, or stand for it."""
+    model = random_model().to(dtype).float()
+    folder = save_hf(model, tmp_path / "hf", "safetensors")
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    embedding = tensors["model.decoder.embed_tokens.weight"]
+    if output != "tied":
+        tensors["proj_out.weight"] = embedding.clone()
+    if output == "alone":
+        del tensors["model.decoder.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(load_model(folder, device="cpu")), logits(model))
+
+
+def lora(model: Whisper, folder: Path, base: str, **config: object) -> tuple[Path, Whisper]:
+    """An adapter of rank 4 for the queries and values as peft writes it, and the model with it."""
+    generator = torch.Generator().manual_seed(5)
+    tensors, want = {}, random_model(model.dims)
+    want.load_state_dict(model.state_dict())
+    scale = 16 / 2 if config.get("use_rslora") else 16 / 4
+    for name, weight in model.state_dict().items():
+        if name.endswith(("attn.query.weight", "attn.value.weight")):
+            a, b = (torch.randn(shape, generator=generator) * 0.05 for shape in ((4, 64), (64, 4)))
+            stem = "base_model.model.model." + hf_name(name).removesuffix(".weight")
+            tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+            want.state_dict()[name].copy_(weight + scale * b @ a)
+    folder.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 4, "lora_alpha": 16, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder, want
+
+
+@pytest.mark.parametrize("place", ["beside", "path", "cache", "Hugging Face's cache"])
+def test_an_adapter_is_merged_into_its_model(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    base = "openai/whisper-base"
+    if place == "beside":
+        base = save_hf(model, tmp_path / "mine", "safetensors").name
+    elif place == "path":
+        base = str(save_hf(model, tmp_path / "mine", "bin"))
+    elif place == "cache":
+        (tmp_path / "cache" / "whisper").mkdir(parents=True)
+        save_openai(model, tmp_path / "cache" / "whisper" / "base.pt")
+    else:
+        snapshots = tmp_path / "hf_home" / "hub" / "models--openai--whisper-base" / "snapshots"
+        snapshots.mkdir(parents=True)
+        save_hf(model, snapshots / "0123abc", "safetensors")
+    for use_rslora in (False, True):
+        folder, want = lora(model, tmp_path / f"adapter{use_rslora}", base, use_rslora=use_rslora)
+        got = load_model(folder, device="cpu")
+        assert not torch.equal(logits(want), logits(model))
+        torch.testing.assert_close(logits(got), logits(want), atol=1e-4, rtol=0)
+
+
+def test_an_adapter_that_can_not_be_merged_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    model = random_model()
+
+    def fails(folder: Path, *parts: str) -> None:
+        with pytest.raises(CheckpointError) as error:
+            load_model(folder, device="cpu")
+        one_line(error, str(folder), *parts)
+
+    merge = "it is an adapter: merge it into its model first"
+    fails(lora(model, tmp_path / "far", "openai/whisper-base")[0], merge, "load_model('base')")
+    fails(lora(model, tmp_path / "mine", "me/my-whisper")[0], merge, "me/my-whisper")
+    base = str(save_openai(model, tmp_path / "base.pt"))
+    fails(lora(model, tmp_path / "dora", base, use_dora=True)[0], "DoRA")
+    fails(lora(model, tmp_path / "ia3", base, peft_type="IA3")[0], "IA3", "merge")
+    half, _ = lora(model, tmp_path / "half", base)
+    tensors = load_file(half / "adapter_model.safetensors")
+    save_file({name: t for name, t in tensors.items() if "lora_A" in name}, half / "adapter_model.safetensors")
+    fails(half, "but one of lora_A and lora_B")
+    other, _ = lora(model, tmp_path / "other", base)
+    save_file({name: t[:, :32].contiguous() for name, t in tensors.items()}, other / "adapter_model.safetensors")
+    fails(other, "does not fit")
+    (other / "adapter_model.safetensors").unlink()
+    fails(other, "adapter_model.safetensors")
+
+
+def test_folders_of_others_are_named(tmp_path: Path) -> None:
+    def fails(path: Path, *parts: str) -> None:
+        with pytest.raises(CheckpointError) as error:
+            load_model(path, device="cpu")
+        one_line(error, str(path), *parts)
+
+    for name, part in (
+        ("model.bin", "CTranslate2"),
+        ("ggml-base.bin", "whisper.cpp"),
+        ("x.gguf", "GGUF"),
+        ("encoder_model.onnx", "Optimum"),
+        ("flax_model.msgpack", "Flax"),
+        ("tf_model.h5", "TensorFlow"),
+    ):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"lmgg" + bytes(100))
+        fails(folder, part)
+        (folder / "config.json").write_text('{"model_type": "whisper"}')
+        fails(folder, part)
+    fails(tmp_path / "ggml-base" / "ggml-base.bin", "whisper.cpp")
+    trainer = tmp_path / "trainer"
+    for step in (500, 1000, 90):
+        (trainer / f"checkpoint-{step}").mkdir(parents=True)
+    fails(trainer, "Trainer", "checkpoint-1000,")
+    save_hf(random_model(), trainer / "checkpoint-2000", "safetensors")
+    load_model(trainer / "checkpoint-2000", device="cpu")
+
+
 # ---- dawhisper files
 
 
