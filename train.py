@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dawhisper.checkpoint import load_model, save_model
+from dawhisper.checkpoint import load_model
 from dawhisper.data.loader import Report
 from dawhisper.distributed import World
 from dawhisper.errors import DawhisperError, OptionError
+from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import Whisper
 
 try:

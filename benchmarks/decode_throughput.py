@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dawhisper.checkpoint import DTYPES
 from dawhisper.decoding import model_tokenizer
+from dawhisper.device import DTYPES
 from dawhisper.model import DualOptions
 from dawhisper.tools.throughput import SIZES, matrix_rate, measure, milliseconds, random_model
 

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dawhisper.distributed import World
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
-from dawhisper.tools.flops import peak_flops, training_flops
 from dawhisper.training.cuda_graphs import Replay
+from dawhisper.training.flops import peak_flops, training_flops
 from dawhisper.training.inputs import Inputs, count
 from dawhisper.training.losses import IGNORE
 from dawhisper.training.objective import ObjectiveOptions, Student, Teacher

@@ -7,8 +7,10 @@
 
 from whisper.tokenizer import LANGUAGES
 
+from dawhisper.formats.dawhisper import save_model
+
 from .audio import load_audio, log_mel_spectrogram, pad_or_trim
-from .checkpoint import available_models, load_model, save_model
+from .checkpoint import available_models, load_model
 from .decoding import DecodingOptions, DecodingResult, decode, detect_language
 from .errors import DawhisperError
 from .model import AudioFeatures, DualOptions, ModelDimensions, Trace, Whisper

@@ -47,3 +47,10 @@ def near_names(name: str, known: Iterable[str]) -> str:
     """What to append to an "unknown name" message: "; did you mean a, b?", or nothing when no known name is near."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def one_line(error: object) -> str:
+    """An error's text as one short line."""
+    text = " ".join(str(error).split())
+    text = text or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -16,9 +16,10 @@ import whisper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dawhisper import checkpoint
-from dawhisper.checkpoint import OWN_MODEL, available_models, load_model, quantize_rows, read_config, save_model
+from dawhisper import checkpoint, device
+from dawhisper.checkpoint import OWN_MODEL, available_models, load_model, read_config
 from dawhisper.errors import CheckpointError, OptionError
+from dawhisper.formats.dawhisper import quantize_rows, save_model
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,7 @@ def test_every_weight_is_loaded_and_none_is_left_empty(openai_file: Path) -> Non
 def test_dtype(openai_file: Path, dtype: str | torch.dtype) -> None:
     if dtype in ("fp16", "bf16"):
         model = load_model(openai_file, device="cpu", dtype=dtype)
-        assert {p.dtype for p in model.parameters()} == {checkpoint.DTYPES[str(dtype)]}
+        assert {p.dtype for p in model.parameters()} == {device.DTYPES[str(dtype)]}
     else:
         with pytest.raises(OptionError) as error:
             load_model(openai_file, device="cpu", dtype=dtype)

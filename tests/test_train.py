@@ -18,8 +18,9 @@ from helpers.sound import write_wav
 from helpers.training import arguments, command, curve, environment, records, run
 
 import train
-from dawhisper.checkpoint import load_model, read_config, save_model
+from dawhisper.checkpoint import load_model, read_config
 from dawhisper.errors import OptionError
+from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.training.objective import Student, Teacher
 from dawhisper.training.surgery import shrink

@@ -20,7 +20,7 @@ import torch
 
 from dawhisper.audio import N_SAMPLES, pad_or_trim
 from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
-from dawhisper.errors import CheckpointError, OptionError, near_names
+from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
 
 PACKAGES = {  # of each back end: what is imported, what is installed
     "openai": ("whisper", "openai-whisper"),
@@ -130,7 +130,7 @@ def load(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -
     try:
         return kinds[spec.backend](spec, decoding, device, seed)
     except (OSError, RuntimeError, ValueError) as e:
-        reason = " ".join(str(e).split()).split(". ")[0]
+        reason = one_line(e).split(". ")[0]
         raise CheckpointError(f"{spec.spec} can't be loaded ({reason})") from e
 
 

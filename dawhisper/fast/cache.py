@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dawhisper.errors import one_line
 from dawhisper.model import AudioFeatures, CrossMemory, KVCache, TextDecoder
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
                 linear(*torch.ones(2, rows, 2048, device=device, dtype=dtype))
             torch.cuda.synchronize()
     except Exception as error:  # of Triton, the compiler or the driver: whatever it is, there is another way
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         warnings.warn(f"decoding without Triton kernels, which is slower ({why}); is a C compiler there?", stacklevel=2)
         return False
     return True

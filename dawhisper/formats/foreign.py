@@ -27,3 +27,7 @@ def foreign_format(path: Path) -> str | None:
         head = file.read(8)
     found = HEADS.get(head[:4]) or HEADS.get(head[4:8])
     return f"{found} (whisper.cpp)" if found == "ggml" else found
+
+
+def refusal(name: str) -> str:
+    return f"a model in the format of {name}, which dawhisper does not read; name the model that it was made from"

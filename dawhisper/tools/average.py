@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from dawhisper.checkpoint import load_model, read_config, save_model
+from dawhisper.checkpoint import load_model, read_config
 from dawhisper.errors import OptionError
 from dawhisper.files import writable_folder
+from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import Whisper
 
 RANDOM_START = ("gate", "noise_embed", "noise_scale")

@@ -33,10 +33,9 @@ from dawhisper.evaluation.recognizers import Decoding, Faster, HuggingFace, Mode
 from dawhisper.formats.huggingface import to_ctranslate2, to_transformers
 from dawhisper.model import Whisper
 from dawhisper.timing import Word
+from dawhisper.training.flops import forward_flops
 from dawhisper.transcribe import transcribe_lazily
 from dawhisper.transcription import Segment, TranscribeOptions
-
-from .flops import forward_flops
 
 OURS = "dawhisper"
 PEERS = {"openai-whisper": "openai", "faster-whisper": "faster", "transformers": "hf"}  # name: back end of `evaluate`

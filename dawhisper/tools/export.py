@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import load_model, quantize_rows
+from dawhisper.checkpoint import load_model
 from dawhisper.decoding import DecodingOptions, decode_windows
 from dawhisper.errors import OptionError
 from dawhisper.files import writable_folder
+from dawhisper.formats.dawhisper import quantize_rows
 from dawhisper.formats.onnx import CONFIG, FORMAT_VERSION, cross_names, load_onnx
 from dawhisper.model import CrossMemory, Whisper, merge
 

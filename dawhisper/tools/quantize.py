@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import OWN_MODEL, load_model, read_config, save_model
+from dawhisper.checkpoint import OWN_MODEL, load_model, read_config
 from dawhisper.decoding import DecodingOptions, decode_windows, initial_tokens, model_tokenizer
 from dawhisper.errors import OptionError
 from dawhisper.files import writable_folder
+from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import Whisper
 
 WORST = 8  # layers named in the report; the CSV has all

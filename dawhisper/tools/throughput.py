@@ -17,9 +17,9 @@ import torch
 
 from dawhisper.decoding import DecodingOptions, decode_windows, model_tokenizer
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
+from dawhisper.training.flops import forward_flops
 
 from .bench import matmul_flops
-from .flops import forward_flops
 
 SIZES = {
     "tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),

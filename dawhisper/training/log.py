@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from dawhisper.distributed import World
 from dawhisper.model import Whisper
-from dawhisper.tools.flops import peak_flops, training_flops
 
 from .batches import Feed
+from .flops import peak_flops, training_flops
 from .inputs import Inputs
 from .recipe import Recipe
 

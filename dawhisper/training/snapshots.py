@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dawhisper.errors import CheckpointError
+from dawhisper.errors import CheckpointError, one_line
 from dawhisper.files import replacing
 
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
@@ -57,7 +57,9 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}; resume=auto takes the newest of the run's folder") from None
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged or no training checkpoint ({_first(error)}); take another") from None
+        raise CheckpointError(
+            f"{path} is damaged or no training checkpoint ({one_line(error)}); take another"
+        ) from None
     if not isinstance(state, dict) or "step" not in state or "student" not in state:
         raise CheckpointError(f"{path} is no training checkpoint; a model file goes into model.name instead")
     return state
@@ -94,7 +96,7 @@ def load(
             student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint belongs to another model or recipe ({_first(error)})") from None
+        raise CheckpointError(f"the checkpoint belongs to another model or recipe ({one_line(error)})") from None
 
 
 def rng_state() -> dict[str, Any]:
@@ -112,7 +114,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from dawhisper.checkpoint import load_model, save_model
+from dawhisper.checkpoint import load_model
 from dawhisper.errors import CheckpointError, DataError, OptionError
 from dawhisper.evaluation import metrics
 from dawhisper.evaluation import run as evaluate
@@ -28,6 +28,7 @@ from dawhisper.evaluation.gates import noise_dominated, read_gates, summarize
 from dawhisper.evaluation.recognizers import ModelSpec, check_models, parse_models
 from dawhisper.evaluation.run import EvaluateOptions, plan, read_hypotheses, run
 from dawhisper.evaluation.scores import Hypothesis, Scorer
+from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.noise.mixing import Mixture, measure_snr
 from dawhisper.noise.recordings import NoiseBank

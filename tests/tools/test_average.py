@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers.models import trained
 
-from dawhisper.checkpoint import load_model, read_config, save_model
+from dawhisper.checkpoint import load_model, read_config
 from dawhisper.cli import main
 from dawhisper.errors import OptionError
+from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import DualOptions, Whisper
 from dawhisper.tools.average import RANDOM_START, average
 

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dawhisper.errors import OptionError
 from dawhisper.model import DualOptions, ModelDimensions, Whisper, is_second_branch
-from dawhisper.tools.flops import forward_flops
 from dawhisper.training import losses
+from dawhisper.training.flops import forward_flops
 from dawhisper.training.inputs import Inputs, count
 from dawhisper.training.objective import ObjectiveOptions, Student, Teacher
 from dawhisper.training.optimizer import make_optimizer, optimizer_step, parameter_groups, rate_factor

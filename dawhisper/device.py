@@ -1,0 +1,42 @@
+"""Which device a model runs on, and in which type."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import OptionError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as e:
+        raise OptionError(f"unknown device {device!r}; use cuda, cuda:1, mps or cpu") from e
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {device}: torch finds {torch.cuda.device_count()} cuda devices here; use cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise OptionError("device mps: torch finds none here; use cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise OptionError(f"unknown dtype {dtype!r}; use fp32, fp16, bf16, or int8 on a CPU")
+    assert found is not None
+    return found
