@@ -7,8 +7,10 @@ Tensors go one by one into a model that has no memory of its own, so weights are
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import difflib
+import gzip
 import hashlib
 import os
 import urllib.request
@@ -97,7 +99,7 @@ def load_model(
     stored = _read(path, download_root)
     model = _build(stored, chosen, kind)
     if heads is not None:
-        model.set_alignment_heads(heads)
+        set_alignment_heads(model, heads)
     if dual is not None and model.dual is None:
         model.add_second_branch(dual)
     elif dual is not None and model.dual != dual:
@@ -356,3 +358,9 @@ def _heads(stored: Stored, pairs: Iterable[tuple[int, int]]) -> Tensor:
             raise CheckpointError(f"{stored.source}: alignment head ({layer}, {head}) does not exist in this model")
         heads[layer, head] = True
     return heads
+
+
+def set_alignment_heads(model: Whisper, dump: bytes) -> None:
+    """Heads for word times from openai-whisper's table (base85 of gzipped booleans, layers by heads)."""
+    flags = torch.frombuffer(bytearray(gzip.decompress(base64.b85decode(dump))), dtype=torch.bool)
+    model.alignment_heads = flags.view(model.dims.n_text_layer, model.dims.n_text_head).to(model.device)

@@ -20,10 +20,11 @@ from whisper.audio import CHUNK_LENGTH
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 from whisper.utils import compression_ratio
 
-from dawhisper.fast.cache import open_cache
+from dawhisper.fast.cache import StaticKVCache, open_cache
 
 from .errors import OptionError, near_names
-from .model import AudioFeatures, KVCache, Whisper
+from .kv_cache import KVCache
+from .model import AudioFeatures, Whisper
 
 NEVER = float("-inf")
 LOOK_EVERY = 8  # tokens between looks at the flag on a GPU, which stands still meanwhile
@@ -218,7 +219,7 @@ class Sampling:
         self.left: tuple[Tensor, Tensor] | None = None  # the batch's tokens and log probabilities, once rows left it
 
     def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
-        if self.temperature == 0 and cache.fused:
+        if self.temperature == 0 and isinstance(cache, StaticKVCache) and cache.fused:
             from dawhisper.fast.token_step import most_likely
 
             chosen, logprob = most_likely(logits)

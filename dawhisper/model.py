@@ -2,33 +2,22 @@
 
 Shapes: B windows of audio, R = B * group rows of tokens (group = beams or samples of one window), n tokens,
 T audio positions (1500 for 30 s), d model width, h heads, e = d / h head width, V vocabulary.
-Parameter names are openai-whisper's; the second branch adds names of its own, listed in `SECOND_BRANCH`.
+Parameter names are openai-whisper's; the second branch adds names of its own (`is_second_branch`).
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
 import math
-import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SECOND_BRANCH = (
-    "secondary_blocks",
-    "secondary_ln_post",
-    "mixture",
-    "noise_embed",
-    "noise_scale",
-    "secondary_attn",
-    "gate",
-)
+SECOND_BRANCH = ("mixture", "noise_embed", "noise_scale", "gate")  # and what is called secondary_...
 
 
 @dataclass(frozen=True)
@@ -87,39 +76,6 @@ class AudioFeatures(NamedTuple):
     secondary: Tensor  # [B, T, d]; the same tensor as `primary` without DualOptions.own_memory
 
 
-@dataclass
-class Trace:
-    """What a forward pass records of its cross-attentions, by layer, when it is given one.
-
-    `output` is the fused cross-attention output [R, n, d], `gate` the primary's share a [R, n] (dual models), and with
-    `attention` set, `primary` and `secondary` are the scores before the softmax [R, h, n, T].
-    `layers` limits the recording to the chosen decoder layers.
-    """
-
-    layers: Collection[int] | None = None
-    attention: bool = False
-    output: dict[int, Tensor] = field(default_factory=dict)
-    gate: dict[int, Tensor] = field(default_factory=dict)
-    primary: dict[int, Tensor] = field(default_factory=dict)
-    secondary: dict[int, Tensor] = field(default_factory=dict)
-    features: AudioFeatures | None = None
-
-    def record(self, layer: int, fused: Fused, memory: CrossMemory, rows: Sequence[int]) -> None:
-        """What a layer's cross-attentions gave; rows: [R, n]."""
-        if self.layers is not None and layer not in self.layers:
-            return
-        self.output[layer] = fused.output.view(*rows, -1)
-        if fused.gate is not None:
-            self.gate[layer] = fused.gate.view(*rows)
-        if fused.query is not None:
-            scores = fused.query @ memory.stacked().key.to(fused.query.dtype).mT / math.sqrt(fused.query.shape[-1])
-            branches = scores.unflatten(2, (-1, rows[1])).transpose(1, 2).flatten(0, 1)  # [R, h or 2h, n, T]
-            n_head = branches.shape[1] if fused.gate is None else branches.shape[1] // 2
-            self.primary[layer] = branches[:, :n_head]
-            if fused.gate is not None:
-                self.secondary[layer] = branches[:, n_head:]
-
-
 class Fused(NamedTuple):
     """What a layer's cross-attentions give; the rows of a window stand side by side."""
 
@@ -142,17 +98,27 @@ class CrossMemory(NamedTuple):
         key, value = (torch.cat([x.to(dtype or x.dtype) for x in both], dim=1) for both in zip(*branches))
         return CrossMemory(key, value, None, self.noise)
 
-    def transposed(self) -> CrossMemory:
-        """With positions before heads, [B, T, h, e], as they lie in memory; and back."""
-        secondary, noise = (
-            None if pair is None else (pair[0].transpose(1, 2), pair[1].transpose(1, 2))
-            for pair in (self.secondary, self.noise)
-        )
-        return CrossMemory(self.key.transpose(1, 2), self.value.transpose(1, 2), secondary, noise)
-
     def read(self, query: Tensor) -> Tensor:
         """Attention over the audio; query and result [B, h, n, e], or of both branches where they are stacked."""
         return attend(query, self.key, self.value)
+
+
+class Recorder(Protocol):
+    """What is given the cross-attentions of a forward pass, layer by layer (trace.py)."""
+
+    attention: bool  # whether it wants queries
+    features: AudioFeatures | None
+
+    def record(self, layer: int, fused: Fused, memory: CrossMemory, rows: Sequence[int]) -> None: ...
+
+
+class Cache(Protocol):
+    """What the decoder asks of a cache: keys and values of the tokens before, and of the audio (kv_cache.py)."""
+
+    length: int
+    memories: Sequence[CrossMemory]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 def sinusoids(length: int, channels: int, max_timescale: float = 10_000.0) -> Tensor:
@@ -172,7 +138,6 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(n_state, n_state, bias=False)
         self.value = nn.Linear(n_state, n_state)
         self.out = nn.Linear(n_state, n_state)
-        self.joint: nn.Module | None = None  # those of one input as one product, in int8: see int8.py
 
     def split(self, x: Tensor) -> Tensor:
         """[B, n, d] -> [B, h, n, e]"""
@@ -180,39 +145,16 @@ class MultiHeadAttention(nn.Module):
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of a cross-attention's memory."""
-        k, v = (self.key(x), self.value(x)) if self.joint is None else self.joint(x).chunk(2, dim=-1)
-        return self.split(k), self.split(v)
+        return self.split(self.key(x)), self.split(self.value(x))
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a self-attention's input."""
-        q, k, v = (self.query(x), self.key(x), self.value(x)) if self.joint is None else self.joint(x).chunk(3, dim=-1)
-        return self.split(q), self.split(k), self.split(v)
-
-
-def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of several linear layers over one input."""
-    weight = torch.cat([linear.weight for linear in linears])
-    biases: list[Tensor] = [
-        weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
-    ]
-    return weight, torch.cat(biases)
+        return self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
 
 
 def merge(x: Tensor) -> Tensor:
     """[B, h, n, e] -> [B, n, d]"""
     return x.transpose(1, 2).flatten(2)
-
-
-def rows_product(x: Tensor, weight: Tensor, block: int = 128) -> Tensor:
-    """x [R, d] times weight [V, d] transposed -> [R, V], for a few rows in fp32 on a CPU.
-
-    In blocks of the weight: as one product so tall and narrow it takes twice as long (9.8 ms against 4.2 ms for one
-    row of `base` on one thread of an AMD EPYC, torch 2.11).
-    """
-    whole = len(weight) // block * block
-    blocks = weight[:whole].unflatten(0, (-1, block))
-    first = torch.bmm(blocks, x.T.expand(len(blocks), -1, -1)).flatten(0, 1)  # [whole, R]
-    return torch.cat([first, weight[whole:] @ x.T]).T
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -221,10 +163,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Layer norm over the last dimension in x's own type, with statistics in float32.
-
-    Autocast would give float32 back, and every layer that reads it would cast it again.
-    """
+    """Layer norm in x's own type, statistics in float32: autocast's is float32, which each reader would cast again."""
     with torch.autocast(x.device.type, enabled=False):
         weight, bias = (None if w is None else w.to(x.dtype) for w in (weight, bias))
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -255,14 +194,6 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.mlp_ln(x))
 
 
-class Mix(nn.Module):
-    """Adds a layer's output x [B, T, d] to a mixture. It has no weights; it is a module so that it can be compiled."""
-
-    def forward(self, x: Tensor, share: Tensor, mixed: Tensor | None) -> Tensor:
-        weighed = share * layer_norm(x)  # layers differ in scale
-        return weighed if mixed is None else mixed + weighed
-
-
 class AudioEncoder(nn.Module):
     """Log-mel spectrogram -> features. Any even number of frames up to 2 * n_audio_ctx is encoded."""
 
@@ -279,7 +210,6 @@ class AudioEncoder(nn.Module):
         self.secondary_blocks = nn.ModuleList()  # these three: see add_second_branch
         self.secondary_ln_post: LayerNorm | None = None
         self.mixture: nn.Parameter | None = None
-        self.mix = Mix()
         self.gradient_checkpointing = False
 
     def add_second_branch(self, dual: DualOptions) -> None:
@@ -297,6 +227,12 @@ class AudioEncoder(nn.Module):
             mixture = torch.zeros(n_layer)
             mixture[-1] = 1
             self.mixture = nn.Parameter(mixture)
+
+    @staticmethod
+    def mix(x: Tensor, share: Tensor, mixed: Tensor | None) -> Tensor:
+        """Add a layer's output x [B, T, d] to the mixture so far."""
+        weighed = share * layer_norm(x)  # layers differ in scale
+        return weighed if mixed is None else mixed + weighed
 
     def forward(self, mel: Tensor) -> AudioFeatures:
         """mel [B, n_mels, 2T] -> features [B, T, d] of both branches."""
@@ -363,7 +299,7 @@ class DecoderBlock(nn.Module):
         return CrossMemory(key, value, self.secondary_attn.key_value(features.secondary), noise)
 
     def forward(
-        self, x: Tensor, memory: CrossMemory, cache: KVCache | None, layer: int, query: bool = False
+        self, x: Tensor, memory: CrossMemory, cache: Cache | None, layer: int, query: bool = False
     ) -> tuple[Tensor, Fused]:
         """x [R, n, d] -> [R, n, d], and what the cross-attentions gave, with their query if it is asked for."""
         x = x + self.self_attention(self.attn_ln(x), cache, layer)
@@ -373,13 +309,10 @@ class DecoderBlock(nn.Module):
         x = x + fused.output.view_as(x)
         return x + self.mlp(self.mlp_ln(x)), fused
 
-    def self_attention(self, y: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        n = y.shape[1]
+    def self_attention(self, y: Tensor, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = self.attn.query_key_value(y)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.write(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
+        k, v, mask = (k, v, None) if cache is None else cache.write(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and y.shape[1] > 1)
         return self.attn.out(merge(out))
 
     def cross_attention(self, y: Tensor, memory: CrossMemory, query: bool = False) -> Fused:
@@ -392,11 +325,9 @@ class DecoderBlock(nn.Module):
             read, read2 = memory.read(q).chunk(2, dim=1)
         else:
             q1, q2 = q.chunk(2, dim=1)
-            read = attend(q1, memory.key, memory.value)
-            read2 = attend(q2, *memory.secondary)
+            read, read2 = attend(q1, memory.key, memory.value), attend(q2, *memory.secondary)
         if memory.noise is not None:
-            key, value = (x.expand(len(q), -1, -1, -1) for x in memory.noise)
-            noise = attend(q[:, self.n_head :], key, value)
+            noise = attend(q[:, self.n_head :], *(x.expand(len(q), -1, -1, -1) for x in memory.noise))
             read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
         p, s = primary.out(merge(read)), secondary.out(merge(read2))
         gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
@@ -404,45 +335,47 @@ class DecoderBlock(nn.Module):
         return Fused(fused, gate, q if query else None)
 
 
-class Memories(nn.Module):
-    """Every layer's keys and values of the audio. It has no weights; it is a module so that it can be compiled.
+class TokenEmbedding(nn.Embedding):
+    """The tokens' embeddings, whose weights are those of the output layer too."""
 
-    Then the gradients that all layers give to the audio are summed in one go. It gives them `transposed`: gradients of
-    what a compiled module gives are wanted contiguous, and would be copied.
-    """
-
-    def forward(self, blocks: nn.ModuleList, features: AudioFeatures, noise_embed: Tensor | None) -> list[CrossMemory]:
-        return [block.memory(features, noise_embed).transposed() for block in blocks]  # type: ignore[operator]
+    def logits(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., V]"""
+        weight, rows = self.weight.to(x.dtype), x.shape[:-1].numel()
+        if x.is_cuda and rows >= 512:  # the kernels for many rows want sizes in eights; 51,865 is odd
+            return (x @ F.pad(weight, (0, 0, 0, -len(weight) % 8)).T)[..., : len(weight)]
+        if x.device.type != "cpu" or x.dtype != torch.float32 or rows > 16:
+            return x @ weight.T
+        # in blocks of 128 tokens: 4.2 ms for a row of `base`, as one product 9.8 (a thread of an AMD EPYC, torch 2.11)
+        blocks, columns = weight[: len(weight) // 128 * 128].unflatten(0, (-1, 128)), x.flatten(0, -2).T
+        first = torch.bmm(blocks, columns.expand(len(blocks), -1, -1)).flatten(0, 1)
+        return torch.cat([first, weight[len(first) :] @ columns]).T.unflatten(0, x.shape[:-1])
 
 
 class TextDecoder(nn.Module):
     def __init__(self, dims: ModelDimensions):
         super().__init__()
         d = dims.n_text_state
-        self.token_embedding = nn.Embedding(dims.n_vocab, d)
+        self.token_embedding = TokenEmbedding(dims.n_vocab, d)
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(dims.n_text_ctx, d), std=0.01))
         self.blocks = nn.ModuleList(DecoderBlock(d, dims.n_text_head) for _ in range(dims.n_text_layer))
-        self.every_memory = Memories()
         self.ln = LayerNorm(d)
         self.noise_embed: nn.Parameter | None = None
-        self.output: nn.Module | None = None  # in place of the embedding's rows, in int8
-        self.memory_dtype: torch.dtype | None = None  # of a cache's keys and values of the audio; None is the model's
-        self.int8_memory = False  # keeps them in int8 for the token steps on a GPU, see token_step.py
         self.gradient_checkpointing = False
 
     def memories(self, features: AudioFeatures) -> Iterable[CrossMemory]:
-        """Each layer's keys and values of the audio: all at once for training, else one after the other."""
-        if torch.is_grad_enabled():
-            every = self.every_memory(self.blocks, features, self.noise_embed)
-            return (memory.transposed() for memory in every)
+        """Each layer's keys and values of the audio, one after the other."""
         return (block.memory(features, self.noise_embed) for block in self.blocks)  # type: ignore[operator]
+
+    def remember(self, features: AudioFeatures) -> list[CrossMemory]:
+        """All layers' keys and values of the audio, for many token steps."""
+        return [memory.stacked() for memory in self.memories(features)]
 
     def forward(
         self,
         tokens: Tensor,
         features: AudioFeatures | None = None,
-        cache: KVCache | None = None,
-        trace: Trace | None = None,
+        cache: Cache | None = None,
+        trace: Recorder | None = None,
         positions: Sequence[int] | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> Tensor:
@@ -465,85 +398,12 @@ class TextDecoder(nn.Module):
                 trace.record(layer, fused, memory, tokens.shape)
         if cache is not None:
             cache.length = end
-        if positions is not None:
-            x = x[:, list(positions)]
-        return self.logits(x, dtype)
+        return self.logits(x if positions is None else x[:, list(positions)], dtype)
 
     def logits(self, x: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The last block's output [..., d] -> logits [..., V]."""
-        x = self.ln(x)
-        if self.output is not None:
-            return self.output(x)
-        weight, rows = self.token_embedding.weight.to(x.dtype), x.shape[:-1].numel()
-        if x.device.type == "cpu" and x.dtype == torch.float32 and rows <= 16:
-            product = rows_product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-        elif x.is_cuda and rows >= 512:  # the kernels for many rows want sizes in eights; 51,865 is odd
-            product = (x @ F.pad(weight, (0, 0, 0, -len(weight) % 8)).T)[..., : len(weight)]
-        else:
-            product = x @ weight.T
-        return product if dtype is None else product.to(dtype)
-
-
-class KVCache:
-    """Preallocated keys and values of a decoding run: self-attention by position, cross-attention by window.
-
-    `rows` of tokens = windows * group. Keys and values of the audio are computed here, once, and are shared by the
-    rows of a window; `repeat` and `select` touch the self-attention alone. `keep` drops windows.
-    """
-
-    fused = False  # steps are kernels of their own, see graphs.py
-
-    def __init__(self, decoder: TextDecoder, features: AudioFeatures, max_length: int | None = None):
-        self.memories = self.remember(decoder, features)
-        self.length = 0
-        n_ctx = min(len(decoder.positional_embedding), max_length or sys.maxsize)
-        windows, e = features.primary.shape[0], self.memories[0].key.shape[-1]
-        n_head = decoder.positional_embedding.shape[1] // e
-        self.states = features.primary.new_zeros(len(self.memories), 2, windows, n_head, n_ctx, e)
-
-    def remember(self, decoder: TextDecoder, features: AudioFeatures) -> list[CrossMemory]:
-        """Each layer's keys and values of the audio."""
-        return [memory.stacked(decoder.memory_dtype) for memory in decoder.memories(features)]
-
-    @property
-    def rows(self) -> int:
-        return self.states.shape[2]
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the new positions [R, h, n, e]; return all positions so far [R, h, length + n, e].
-
-        Also the mask [n, length + n] of what each may attend to, where "all" or "none that follow" doesn't say it.
-        """
-        n = key.shape[2]
-        end = self.length + n
-        keys, values = self.states[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        mask = None
-        if n > 1 and self.length > 0:  # several tokens after earlier ones
-            mask = torch.ones(n, end, dtype=torch.bool, device=key.device).tril(self.length)
-        return keys[:, :, :end], values[:, :, :end], mask
-
-    def first_logits(self, decoder: TextDecoder, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        """Read the first tokens [B, n], before `repeat` -> logits [B, positions, V] of what follows at `positions`."""
-        return decoder(tokens, cache=self, positions=positions)
-
-    def next_logits(self, decoder: TextDecoder, tokens: Tensor) -> Tensor:
-        """The token step: tokens [R, 1] -> logits [R, V] of what follows."""
-        return decoder(tokens, cache=self)[:, 0]
-
-    def repeat(self, group: int) -> None:
-        """Make `group` rows of every row."""
-        self.states = self.states.repeat_interleave(group, dim=2)
-
-    def select(self, rows: Tensor) -> None:
-        """Row i continues what row rows[i] was; rows of one window stay in it."""
-        self.states[..., : self.length, :] = self.states[:, :, rows, :, : self.length]
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the windows, which have one row each."""
-        self.memories = [one._replace(key=one.key[rows], value=one.value[rows]) for one in self.memories]
-        self.states = self.states[:, :, rows]
+        logits = self.token_embedding.logits(self.ln(x))
+        return logits if dtype is None else logits.to(dtype)
 
 
 def maybe_checkpoint(module: TextDecoder | AudioEncoder, block: Callable[..., Any], *args: Any) -> Any:
@@ -592,17 +452,13 @@ class Whisper(nn.Module):
         self.to(self.device, self.dtype)
 
     def encode(self, mel: Tensor) -> AudioFeatures:
-        """mel [B, n_mels, 2T] -> features of both branches, [B, T, d] each.
-
-        On a CPU one window after the other, so that its activations stay near: 16 at once take 1.2 times as long.
-        """
+        """mel [B, n_mels, 2T] -> features of both branches, [B, T, d] each."""
         if mel.device.type != "cpu" or len(mel) == 1:
             return self.encoder(mel)
+        # one after the other, so that a window's activations stay near: 16 at once take 1.2 times as long
         each = [self.encoder(window) for window in mel.split(1)]
-        primary = torch.cat([features.primary for features in each])
-        if each[0].secondary is each[0].primary:  # one memory for both
-            return AudioFeatures(primary, primary)
-        return AudioFeatures(primary, torch.cat([features.secondary for features in each]))
+        primary, shared = torch.cat([features.primary for features in each]), each[0].secondary is each[0].primary
+        return AudioFeatures(primary, primary if shared else torch.cat([features.secondary for features in each]))
 
     def embed_audio(self, mel: Tensor) -> Tensor:
         """mel [B, n_mels, 2T] -> the encoder output [B, T, d], as openai-whisper's."""
@@ -612,7 +468,7 @@ class Whisper(nn.Module):
         """tokens [B, n] -> logits [B, n, V]"""
         return self.decoder(tokens, features)
 
-    def forward(self, mel: Tensor, tokens: Tensor, trace: Trace | None = None) -> Tensor:
+    def forward(self, mel: Tensor, tokens: Tensor, trace: Recorder | None = None) -> Tensor:
         """mel [B, n_mels, 2T], tokens [B, n] -> logits [B, n, V]; `trace` records the cross-attentions."""
         features = self.encoder(mel)
         if trace is not None:
@@ -635,36 +491,7 @@ class Whisper(nn.Module):
     def num_languages(self) -> int:
         return self.dims.n_vocab - 51765 - int(self.is_multilingual)
 
-    def set_alignment_heads(self, dump: bytes) -> None:
-        """Heads for word times from openai-whisper's table (base85 of gzipped booleans, layers by heads)."""
-        flags = torch.frombuffer(bytearray(gzip.decompress(base64.b85decode(dump))), dtype=torch.bool)
-        self.alignment_heads = flags.view(self.dims.n_text_layer, self.dims.n_text_head).to(self.device)
-
-    def compile_blocks(self, decoder: bool = False) -> None:
-        """Have torch.compile fuse what lies between the matrix products of the encoder; of the decoder, for training.
-
-        The first use of each shape takes some seconds longer; it pays in long runs on a GPU. One block stands for all.
-        """
-        blocks = [*self.encoder.blocks, *self.encoder.secondary_blocks, self.encoder.mix]
-        if decoder:
-            blocks += [*self.decoder.blocks, self.decoder.every_memory]
-        for block in blocks:
-            block.compile()
-
-    def freeze_encoder(self) -> None:
-        """No gradients for the encoder; the secondary's own layers and the layer mixture still learn."""
-        for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(is_second_branch(name))
-
-    def freeze_primary_decoder(self) -> None:
-        """No gradients for what Whisper's decoder has; the second branch and its gate still learn."""
-        for name, parameter in self.decoder.named_parameters():
-            parameter.requires_grad_(is_second_branch(name))
-
-    def unfreeze(self) -> None:
-        self.requires_grad_(True)
-
 
 def is_second_branch(name: str) -> bool:
     """Whether a parameter of this name exists only in a dual model."""
-    return any(part in SECOND_BRANCH for part in name.split("."))
+    return any(part in SECOND_BRANCH or part.startswith("secondary_") for part in name.split("."))

@@ -16,7 +16,8 @@ from whisper.audio import TOKENS_PER_SECOND
 from whisper.timing import WordTiming, dtw, median_filter, merge_punctuations
 from whisper.tokenizer import Tokenizer
 
-from .model import AudioFeatures, Trace, Whisper
+from .model import AudioFeatures, Whisper
+from .trace import Trace
 
 SENTENCE_END = ".。!！?？"
 

@@ -93,7 +93,7 @@ def transcribe_files(
     if threads:
         torch.set_num_threads(threads)
     model = load_model(model_name, device, dtype, download_root)
-    model.decoder.int8_memory = int8_memory
+    model.decoder.int8_memory = int8_memory  # type: ignore[assignment]
     options["language"] = usable_language(model, model_name, options.get("language"))
 
     failed, names = 0, output_names(paths)

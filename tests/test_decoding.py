@@ -20,7 +20,8 @@ from dawhisper.decoding import (
     model_tokenizer,
 )
 from dawhisper.errors import OptionError
-from dawhisper.model import DualOptions, KVCache, TextDecoder, Whisper
+from dawhisper.kv_cache import KVCache
+from dawhisper.model import DualOptions, TextDecoder, Whisper
 
 CASES = {
     "greedy": {"language": "en"},

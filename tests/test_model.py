@@ -8,7 +8,9 @@ import whisper
 from helpers.models import DUALS, MULTILINGUAL, VARIANTS, inputs, pair, trained
 from torch import nn
 
-from dawhisper.model import DualOptions, KVCache, LayerNorm, Trace, Whisper, is_second_branch
+from dawhisper.kv_cache import KVCache
+from dawhisper.model import DualOptions, LayerNorm, Whisper, is_second_branch
+from dawhisper.trace import Trace
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -170,25 +172,6 @@ def test_trace_of_beams_has_a_row_for_each() -> None:
     torch.testing.assert_close(trace.gate[1], whole.gate[1][:, -2:].repeat_interleave(3, 0), atol=1e-5, rtol=1e-4)
     expected = whole.secondary[1][:, :, -2:].repeat_interleave(3, 0)
     torch.testing.assert_close(trace.secondary[1], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_freezing() -> None:
-    model = Whisper(MULTILINGUAL, DualOptions(memory_layers=1))
-
-    def learning() -> set[str]:
-        return {name for name, p in model.named_parameters() if p.requires_grad}
-
-    everything = {name for name, _ in model.named_parameters()}
-    second = {name for name in everything if is_second_branch(name)}
-    assert learning() == everything
-    model.freeze_encoder()
-    assert learning() == {n for n in everything if n.startswith("decoder.")} | {n for n in second if "encoder" in n}
-    model.freeze_primary_decoder()
-    assert learning() == second
-    stock = {name for name, _ in Whisper(MULTILINGUAL).named_parameters()}
-    assert second == everything - stock
-    model.unfreeze()
-    assert learning() == everything
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

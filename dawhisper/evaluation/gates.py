@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES_PER_TOKEN
 from dawhisper.decoding import DecodingOptions, initial_tokens, model_tokenizer
-from dawhisper.model import Trace, Whisper
+from dawhisper.model import Whisper
 from dawhisper.noise.mixing import Mixture
+from dawhisper.trace import Trace
 
 from .conditions import Condition
 from .metrics import pearson, spearman

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dawhisper.errors import one_line
-from dawhisper.model import AudioFeatures, CrossMemory, KVCache, TextDecoder
+from dawhisper.kv_cache import KVCache
+from dawhisper.model import AudioFeatures, CrossMemory, TextDecoder
 
 if TYPE_CHECKING:
     from .token_step import StepWeights
@@ -73,7 +74,7 @@ class StaticKVCache(KVCache):
     def remember(self, decoder: TextDecoder, features: AudioFeatures) -> list[CrossMemory]:
         rooms = []
         for memory in decoder.memories(features):
-            rooms.append(room_for(memory, decoder.int8_memory and self.fused))
+            rooms.append(room_for(memory, keeps_int8(decoder) and self.fused))
             fill(rooms[-1], memory)
         return rooms
 
@@ -219,7 +220,7 @@ def open_cache(decoder: TextDecoder, features: AudioFeatures, group: int, max_le
     kept = _kept.setdefault(decoder, OrderedDict())
     # graphs hold addresses: other weights need other graphs
     weights = tuple((p.data_ptr(), p.dtype) for p in decoder.parameters())
-    key = (features.primary.shape, features.primary.dtype, group, decoder.int8_memory, weights)
+    key = (features.primary.shape, features.primary.dtype, group, keeps_int8(decoder), weights)
     found = kept.pop(key, None)
     with torch.cuda.device_of(features.primary):  # Triton launches on the current one
         if found is None:
@@ -231,6 +232,11 @@ def open_cache(decoder: TextDecoder, features: AudioFeatures, group: int, max_le
     kept[key] = found
     while len(kept) > 1 and sum(one.nbytes for one in kept.values()) > most_bytes(features.primary.device):
         kept.popitem(last=False)
+
+
+def keeps_int8(decoder: TextDecoder) -> bool:
+    """Whether `decoder.int8_memory` was set: the audio's keys and values are kept in int8 for the kernels of a step."""
+    return getattr(decoder, "int8_memory", False)
 
 
 def most_bytes(device: torch.device) -> int:

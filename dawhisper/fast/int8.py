@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dawhisper.errors import OptionError
-from dawhisper.model import Whisper, joint
+from dawhisper.model import AudioFeatures, CrossMemory, MultiHeadAttention, TextDecoder, TokenEmbedding, Whisper
 
 ENGINE = torch.backends.quantized.engine
 VNNI = torch.cpu._is_vnni_supported()  # 8-bit dot products
@@ -70,6 +71,9 @@ class Int8RowsLinear(nn.Module):
         return torch.addcmul(self.bias, y, scale, out=y)
 
 
+Packed = type[Int8Linear] | type[Int8RowsLinear]
+
+
 class InplaceGELU(nn.Module):
     """GELU over its input: fresh memory for so large a result costs more than the GELU itself."""
 
@@ -87,6 +91,57 @@ def largest(rows: Tensor) -> Tensor:
     return torch.maximum(rows.amax(dim=-1, keepdim=True), -rows.amin(dim=-1, keepdim=True)).clamp_(min=1e-12)
 
 
+class Int8SelfAttention(MultiHeadAttention):
+    """A self-attention whose query, key and value are one product."""
+
+    def __init__(self, attn: Any, kind: Packed):
+        nn.Module.__init__(self)  # without the layers that it replaces
+        self.n_head = attn.n_head
+        self.joint = kind(*joint(attn.query, attn.key, attn.value))
+        self.out = kind(attn.out.weight, attn.out.bias)  # type: ignore[assignment]
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.joint(x).chunk(3, dim=-1)
+        return self.split(q), self.split(k), self.split(v)
+
+
+class Int8CrossAttention(MultiHeadAttention):
+    """A cross-attention whose key and value are one product, of kind `memory`."""
+
+    def __init__(self, attn: Any, memory: Packed):
+        nn.Module.__init__(self)  # without the layers that it replaces
+        self.n_head = attn.n_head
+        self.joint = memory(*joint(attn.key, attn.value))
+        self.query = Int8Linear(attn.query.weight, attn.query.bias)  # type: ignore[assignment]
+        self.out = Int8Linear(attn.out.weight, attn.out.bias)  # type: ignore[assignment]
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.joint(x).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+
+class Int8TokenEmbedding(TokenEmbedding):
+    """Rows are looked up in fp16, as OpenAI's are stored; the output layer is int8."""
+
+    def __init__(self, weight: Tensor):
+        nn.Module.__init__(self)  # without fp32 weights
+        self.output = Int8Linear(weight, None)
+        self.weight = nn.Parameter(weight.half(), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.output(x)
+
+
+class Bf16MemoryDecoder(TextDecoder):
+    """A decoder whose token steps read the audio's keys and values in bf16."""
+
+    def remember(self, features: AudioFeatures) -> list[CrossMemory]:
+        return [memory.stacked(torch.bfloat16) for memory in self.memories(features)]
+
+
 def quantize(model: Whisper) -> Whisper:
     """Put the linear layers of an fp32 model on the CPU into int8, in place. It can't be trained or saved then.
 
@@ -97,40 +152,33 @@ def quantize(model: Whisper) -> Whisper:
     many = Int8RowsLinear if VNNI else Int8Linear
     model.requires_grad_(False)
     for block in [*model.encoder.blocks, *model.encoder.secondary_blocks]:
-        quantize_self_attention(block.attn, many)
-        quantize_mlp(block.mlp, many)
+        block.attn = Int8SelfAttention(block.attn, many)
+        block.mlp = int8_mlp(block.mlp, many)
     for block in model.decoder.blocks:
-        quantize_self_attention(block.attn, Int8Linear)
-        quantize_mlp(block.mlp, Int8Linear)
-        for cross in [block.cross_attn, block.secondary_attn]:
-            if cross is not None:
-                quantize_cross_attention(cross, many)
-    embedding = model.decoder.token_embedding
-    model.decoder.output = Int8Linear(embedding.weight, None)
-    embedding.half()  # its rows are looked up alone; OpenAI's are fp16 in the file
+        block.attn = Int8SelfAttention(block.attn, Int8Linear)
+        block.mlp = int8_mlp(block.mlp, Int8Linear)
+        block.cross_attn = Int8CrossAttention(block.cross_attn, many)
+        if block.secondary_attn is not None:
+            block.secondary_attn = Int8CrossAttention(block.secondary_attn, many)
+    model.decoder.token_embedding = Int8TokenEmbedding(model.decoder.token_embedding.weight)
     if BF16:
-        model.decoder.memory_dtype = torch.bfloat16
+        model.decoder.__class__ = Bf16MemoryDecoder
     return model
 
 
-Packed = type[Int8Linear] | type[Int8RowsLinear]
+def is_quantized(model: Whisper) -> bool:
+    return isinstance(model.decoder.token_embedding, Int8TokenEmbedding)
 
 
-def quantize_self_attention(attn: Any, kind: Packed) -> None:
-    attn.joint = kind(*joint(attn.query, attn.key, attn.value))
-    attn.out = packed(attn.out, kind)
-    del attn.query, attn.key, attn.value
+def int8_mlp(mlp: Any, kind: Packed) -> nn.Sequential:
+    first, _, last = mlp
+    return nn.Sequential(kind(first.weight, first.bias), InplaceGELU(), kind(last.weight, last.bias))
 
 
-def quantize_cross_attention(attn: Any, memory: Packed) -> None:
-    attn.joint = memory(*joint(attn.key, attn.value))
-    attn.query, attn.out = packed(attn.query, Int8Linear), packed(attn.out, Int8Linear)
-    del attn.key, attn.value
-
-
-def quantize_mlp(mlp: Any, kind: Packed) -> None:
-    mlp[0], mlp[1], mlp[2] = packed(mlp[0], kind), InplaceGELU(), packed(mlp[2], kind)
-
-
-def packed(linear: nn.Linear, kind: Packed) -> nn.Module:
-    return kind(linear.weight, linear.bias)
+def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of several linear layers over one input."""
+    weight = torch.cat([linear.weight for linear in linears])
+    biases: list[Tensor] = [
+        weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
+    ]
+    return weight, torch.cat(biases)

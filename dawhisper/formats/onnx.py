@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dawhisper.errors import CheckpointError, OptionError
-from dawhisper.model import AudioFeatures, CrossMemory, DualOptions, ModelDimensions, Trace, Whisper
+from dawhisper.model import AudioFeatures, CrossMemory, DualOptions, ModelDimensions, Whisper
+from dawhisper.trace import Trace
 
 CONFIG = "config.json"
 FORMAT_VERSION = 1
@@ -70,7 +71,6 @@ class OnnxDecoder(nn.Module):
     """TextDecoder's place, for a KVCache of OnnxEncoder's features."""
 
     positional_embedding: Tensor
-    memory_dtype = None  # keys and values stay as they are
 
     def __init__(self, session: Any, dims: ModelDimensions, dtype: torch.dtype):
         super().__init__()
@@ -81,6 +81,9 @@ class OnnxDecoder(nn.Module):
     def memories(self, features: AudioFeatures) -> Iterator[CrossMemory]:
         for layer in range(features.primary.shape[1]):
             yield CrossMemory(features.primary[:, layer], features.secondary[:, layer], None, None)
+
+    def remember(self, features: AudioFeatures) -> list[CrossMemory]:
+        return list(self.memories(features))
 
     def forward(
         self,

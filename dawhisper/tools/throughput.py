@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dawhisper.decoding import DecodingOptions, decode_windows, model_tokenizer
+from dawhisper.fast.cache import keeps_int8
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.training.flops import forward_flops
 
@@ -126,6 +127,6 @@ def step_bytes(model: Whisper, rows: int, position: int) -> int:
     )
     branches = 1 if model.dual is None else 2
     size = model.decoder.positional_embedding.element_size()
-    audio = branches * dims.n_audio_ctx * (1 if model.decoder.int8_memory else size)
+    audio = branches * dims.n_audio_ctx * (1 if keeps_int8(model.decoder) else size)
     cached = 2 * dims.n_text_layer * dims.n_text_state * (audio + position * size)
     return weights * size + rows * cached

@@ -28,9 +28,10 @@ from dawhisper.checkpoint import OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.files import writable_folder
-from dawhisper.model import AudioFeatures, Trace, Whisper
+from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.noise.mixing import add_noise
 from dawhisper.timing import Word, find_alignment
+from dawhisper.trace import Trace
 from dawhisper.training.losses import noise_dominance
 from dawhisper.transcription import TranscribeOptions
 

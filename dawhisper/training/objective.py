@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dawhisper.model import Trace, Whisper
+from dawhisper.model import Whisper
+from dawhisper.trace import Trace
 
 from . import losses
 from .inputs import Inputs

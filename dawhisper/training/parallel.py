@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dawhisper.distributed import World
 from dawhisper.errors import OptionError
+from dawhisper.fast.compile import compile_blocks
 
 from .objective import Student, Teacher
 
@@ -28,7 +29,7 @@ def parallelise(
     torch._dynamo.config.recompile_limit = 64  # one for each length of audio and text
     if compile in ("encoder", "blocks"):
         for model in [student.model] if teacher is None else [student.model, teacher.model]:
-            model.compile_blocks(decoder=compile == "blocks" and not fsdp)
+            compile_blocks(model, decoder=compile == "blocks" and not fsdp)
     parallel: nn.Module = student
     if fsdp:
         parallel = shard(student, world)

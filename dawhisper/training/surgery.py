@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from dawhisper.errors import OptionError
 from dawhisper.model import ModelDimensions, Whisper, is_second_branch
 
@@ -78,16 +80,17 @@ def check_teacher(student: Whisper, teacher: Whisper, options: ObjectiveOptions)
 
 def freeze(model: Whisper, parts: Sequence[str]) -> None:
     """Leave only what is to be trained with gradients. What may be frozen: recipe.Freezable."""
-    model.unfreeze()
-    if "encoder" in parts:
-        model.freeze_encoder()
-    if "primary" in parts:
-        model.freeze_primary_decoder()
-    if "embedding" in parts:
-        model.decoder.token_embedding.requires_grad_(False)
-    for part, module in (("memory", model.encoder), ("secondary", model)):
-        for name, parameter in module.named_parameters():
-            if part in parts and is_second_branch(name):
-                parameter.requires_grad_(False)
+    encoder, decoder = model.encoder.named_parameters, model.decoder.named_parameters
+    frozen: dict[str, list[Tensor]] = {
+        "encoder": [p for name, p in encoder() if not is_second_branch(name)],
+        "memory": [p for name, p in encoder() if is_second_branch(name)],
+        "primary": [p for name, p in decoder() if not is_second_branch(name)],
+        "embedding": [model.decoder.token_embedding.weight],
+        "secondary": [p for name, p in model.named_parameters() if is_second_branch(name)],
+    }
+    model.requires_grad_(True)
+    for part in parts:
+        for parameter in frozen[part]:
+            parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise OptionError(f"freeze={list(parts)} leaves nothing to train")

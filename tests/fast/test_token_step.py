@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed; the token step ru
 from dawhisper.fast import cache as graphs
 from dawhisper.fast import token_step
 from dawhisper.fast.cache import StaticKVCache, fill, room_for
-from dawhisper.model import AudioFeatures, DualOptions, KVCache, ModelDimensions, Whisper
+from dawhisper.kv_cache import KVCache
+from dawhisper.model import AudioFeatures, DualOptions, ModelDimensions, Whisper
 
 DIMS = ModelDimensions(80, 70, 64, 2, 1, 100, 80, 64, 2, 1)
 DEVICE, DTYPE = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)

@@ -15,7 +15,8 @@ from dawhisper import DualOptions, load_model, log_mel_spectrogram, pad_or_trim,
 from dawhisper.decoding import DecodingOptions, decode_windows
 from dawhisper.errors import CheckpointError
 from dawhisper.formats.onnx import load_onnx
-from dawhisper.model import KVCache, Whisper
+from dawhisper.kv_cache import KVCache
+from dawhisper.model import Whisper
 from dawhisper.tools.export import DecoderGraph, EncoderGraph, check, export
 
 pytest.importorskip("onnxscript")

@@ -18,7 +18,7 @@ from dawhisper import DualOptions, load_audio, load_model, save_model
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import AudioError, OptionError
-from dawhisper.model import Trace, Whisper
+from dawhisper.model import Whisper
 from dawhisper.timing import Word
 from dawhisper.tools.visualize import (
     View,
@@ -32,6 +32,7 @@ from dawhisper.tools.visualize import (
     n_positions,
     noise_share,
 )
+from dawhisper.trace import Trace
 
 TEXT = "one two, three four"
 
