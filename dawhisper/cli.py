@@ -14,6 +14,7 @@ from typing import Any
 from .checkpoint import OWN_MODEL
 from .console import forgive_letters
 from .errors import DawhisperError, OptionError, unforeseen
+from .writers import WRITERS
 
 INTERRUPTED = 1
 MOST_THREADS = 1024
@@ -121,7 +122,7 @@ def _transcribe_parser(commands: Any) -> None:
     add("--model_dir", help="where downloaded models are kept; ~/.cache/whisper by default")
     add("--device", help="cuda, mps or cpu; the best there is by default")
     add("--output_dir", "-o", default=".", help="folder for the outputs")
-    add("--output_format", "-f", default="all", choices=["txt", "vtt", "srt", "tsv", "json", "all"])
+    add("--output_format", "-f", default="all", choices=[*WRITERS, "all"])
     add("--verbose", type=boolean, default=True, help="True prints the text as it comes, False shows a progress bar")
 
     add("--task", default="transcribe", choices=["transcribe", "translate"], help="translate means into English")

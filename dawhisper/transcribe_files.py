@@ -1,8 +1,7 @@
-"""Files in, files out: what `dawhisper transcribe` does. The writers are openai-whisper's."""
+"""Files in, files out: what `dawhisper transcribe` does."""
 
 from __future__ import annotations
 
-import html
 import itertools
 import unicodedata
 import warnings
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from whisper.utils import get_writer
 
 from .batched import BatchedRecording, iter_batched
 from .checkpoint import load_model
@@ -24,8 +22,8 @@ from .files import writable_folder
 from .model import Whisper
 from .transcribe import transcribe_lazily
 from .transcription import Segment, TranscribeOptions, Transcription, collect
+from .writers import WRITERS
 
-FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 SMALLEST_INCREMENT = 0.01  # of the temperature
 
 
@@ -221,18 +219,6 @@ def batch(model: Whisper, unfinished: dict[int, BatchedRecording], options: Tran
 
 
 def write(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:
-    formats = FORMATS if writing.output_format == "all" else (writing.output_format,)
+    formats = WRITERS if writing.output_format == "all" else (writing.output_format,)
     for output_format in formats:
-        content = result.to_dict()
-        if output_format == "vtt":
-            content = escaped(content)
-        get_writer(output_format, str(output_dir))(content, f"{name}.audio", **writing.lines())  # type: ignore[arg-type]
-
-
-def escaped(result: dict[str, Any]) -> dict[str, Any]:
-    """A transcription whose text is none of WebVTT's marks."""
-    for segment in result["segments"]:
-        segment["text"] = html.escape(segment["text"], quote=False)
-        for word in segment.get("words", []):
-            word["word"] = html.escape(word["word"], quote=False)
-    return result
+        WRITERS[output_format](str(output_dir))(result.to_dict(), f"{name}.audio", **writing.lines())

@@ -25,11 +25,11 @@ from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.data.manifest import Report, Utterance, read_manifest
 from dawhisper.errors import DataError, OptionError, near_names
 from dawhisper.noise.channels import reverberate
-from dawhisper.noise.generators import COLOURS, colored_noise
+from dawhisper.noise.generators import MADE
 from dawhisper.noise.mixing import Mixture, active_power, add_noise, measure_snr
 from dawhisper.noise.recordings import NoiseBank
 
-WITH_SNR = ("white", "pink", "brown", "babble", "real")
+WITH_SNR = (*MADE, "babble", "real")
 KINDS = ("clean", *WITH_SNR, "reverb", "noise-only")
 DEFAULT_KINDS = ("clean", "white", "babble", "real", "reverb", "noise-only")
 DEFAULT_SNRS = (20.0, 10.0, 5.0, 0.0, -5.0)
@@ -203,8 +203,8 @@ class Mixer:
         """-> [1, n_samples]"""
         if kind == "babble":
             return self._babble(item, n_samples, generator)[None]
-        if kind in COLOURS or self.noises is None:
-            return colored_noise((1, n_samples), COLOURS.get(kind, 0.0), generator)
+        if kind in MADE or self.noises is None:
+            return MADE.get(kind, MADE["white"])(1, n_samples, generator)
         return self.noises.sample(n_samples, generator)[None]
 
     def _babble(self, item: Item, n_samples: int, generator: torch.Generator) -> Tensor:
@@ -231,7 +231,7 @@ class Mixer:
         seconds = REVERB_SECONDS[0] + (REVERB_SECONDS[1] - REVERB_SECONDS[0]) * float(draw[0])
         direct_db = DIRECT_DB[0] + (DIRECT_DB[1] - DIRECT_DB[0]) * float(draw[1])
         n_taps = int(seconds * SAMPLE_RATE)
-        tail = colored_noise((1, n_taps), 0.0, generator) * 10 ** (-3 * torch.arange(n_taps) / n_taps)
+        tail = MADE["white"](1, n_taps, generator) * 10 ** (-3 * torch.arange(n_taps) / n_taps)
         tail = tail / tail.square().sum().sqrt() * 10 ** (-direct_db / 20)
         tail[0, 0] = 1.0
         return tail

@@ -22,13 +22,13 @@ from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
 from .channels import band_limit, reverberate, telephone
-from .generators import COLOURS, babble, colored_noise
+from .generators import COLOURS, MADE, babble, colored_noise
 from .mixing import Mixture, active_samples, frame_energy, length_mask, noise_gain, power_over
 from .random_numbers import draw, step_generator
 from .recordings import NoiseBank
 
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
-KINDS = ("real", "babble", "white", "pink", "brown")
+KINDS = ("real", "babble", *MADE)
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
 
 
@@ -257,7 +257,8 @@ class Augment:
         names = [[KINDS[k] for k in one] for one in drawn.tolist()]
         for turn, row in torch.nonzero(chosen).tolist():
             kind[row] = f"{kind[row]}+{names[turn][row]}" if turn else names[turn][row]
-        for group in (("real",), ("babble",), tuple(COLOURS)):
+        others = ((kind,) for kind in KINDS if kind not in COLOURS)
+        for group in (*others, tuple(COLOURS)):
             places = torch.nonzero(chosen & torch.isin(drawn, torch.tensor([KINDS.index(name) for name in group])))
             if not len(places):
                 continue
@@ -273,7 +274,7 @@ class Augment:
         return noise.mul_(length_mask(lengths, noise.shape[-1])), kind
 
     def _make(self, kinds: Sequence[str], rows: Tensor, speech: Tensor, lengths: Tensor, g: torch.Generator) -> Tensor:
-        """Noise for these rows of the batch: real noise, babble, or coloured noises. -> [len(rows), S]"""
+        """Noise of one kind, or of several colours, for these rows of the batch. -> [len(rows), S]"""
         count, n_samples = len(rows), speech.shape[-1]
         if kinds[0] == "real" and self.noises is not None:
             return self.noises.batch(count, n_samples, g).to(speech.device)
@@ -281,6 +282,8 @@ class Augment:
             return self.speech.babble(count, n_samples, g, self.options.talkers).to(speech.device)
         if kinds[0] == "babble":
             return babble(speech, lengths, g, self.options.talkers, rows)
+        if kinds[0] not in COLOURS:
+            return MADE[kinds[0]](count, n_samples, g, speech.device)
         return colored_noise((count, n_samples), torch.tensor([COLOURS[kind] for kind in kinds]), g, speech.device)
 
     def _room(self, x: Tensor, lengths: Tensor, chosen: Tensor, g: torch.Generator) -> Tensor:

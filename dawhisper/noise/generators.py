@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .mixing import frame_energy, unit_power
 from .random_numbers import gaussian, seeds
 
 PIECE = 32  # samples (2 ms) that babble is put together of
-COLOURS = {"white": 0.0, "pink": 1.0, "brown": 2.0}
+COLOURS = {"white": 0.0, "pink": 1.0, "brown": 2.0}  # exponents, see `colored_noise`
 
 
 def colored_noise(
@@ -86,3 +87,14 @@ def _talker_levels(count: int, talkers: tuple[int, int], generator: torch.Genera
     number = torch.randint(low, high + 1, (count, 1), generator=generator)
     level = 10 ** (-5 * torch.rand(count, high, generator=generator) / 20)  # nearer and farther ones, 5 dB
     return level * (torch.arange(high) < number)
+
+
+def of_colour(
+    exponent: float, count: int, n_samples: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    return colored_noise((count, n_samples), exponent, generator, device)
+
+
+# kinds that need no recordings: count, n_samples, generator, device -> [count, n_samples], unit power. A new kind is a
+# function here and its weight in AugmentOptions (augment.py)
+MADE: dict[str, Callable[..., Tensor]] = {kind: partial(of_colour, exponent) for kind, exponent in COLOURS.items()}

@@ -41,7 +41,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from whisper.tokenizer import LANGUAGES
-from whisper.utils import WriteSRT, WriteVTT
 
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.checkpoint import OWN_MODEL, load_model
@@ -49,6 +48,7 @@ from dawhisper.decoding import language_code
 from dawhisper.errors import AudioError, DawhisperError, OptionError
 from dawhisper.model import Whisper
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription
+from dawhisper.writers import WRITERS
 
 from .stream import Stream, StreamOptions, Update, as_dict, pcm_samples
 from .worker import Clip, Engine, QueueFull, Stopped
@@ -305,9 +305,8 @@ def formatted(asked: Asked, result: Transcription) -> Response:
     if asked.response_format == "text":
         return PlainTextResponse(result.text.strip() + "\n")
     if asked.response_format in ("srt", "vtt"):
-        writer = (WriteSRT if asked.response_format == "srt" else WriteVTT)("")
         out = io.StringIO()
-        writer.write_result(result.to_dict(), file=out, options={})
+        WRITERS[asked.response_format]("").write_result(result.to_dict(), file=out, options={})
         kind = "application/x-subrip" if asked.response_format == "srt" else "text/vtt"
         return Response(out.getvalue(), media_type=f"{kind}; charset=utf-8")
     usage = {"type": "duration", "seconds": math.ceil(duration)}

@@ -1,4 +1,4 @@
-"""From manifests to what a step eats: batches, mixed with noise on the device, as spectrograms and tokens."""
+"""From manifests to the inputs of a step: batches, mixed with noise on the device, as spectrograms and tokens."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ SPEC_AUGMENT, CONTEXT = 1, 2  # streams of random numbers beside the augmentatio
 
 @dataclass(frozen=True)
 class Ahead:
-    """The micro-batches of a step to come, and the feed's state before they were made."""
+    """The micro-batches of a step to come, and the state before they were made."""
 
     step: int
     micro_batches: list[Inputs]
     state: dict[str, Any]
 
 
-class Feed:
+class Batches:
     """The micro-batches of each step. What it draws depends on the seed, the rank and the step alone.
 
     A step's batches are made while the device still works on the step before, on a stream of their own.

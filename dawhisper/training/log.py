@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dawhisper.distributed import World
 from dawhisper.model import Whisper
 
-from .batches import Feed
+from .batches import Batches
 from .flops import peak_flops, training_flops
 from .inputs import Inputs
 from .recipe import Recipe
@@ -94,7 +94,7 @@ class Log:
         if self.bar is not None:
             self.bar.update()
 
-    def write(self, step: int, optimizer: torch.optim.Optimizer, bad_steps: Tensor, feed: Feed) -> float:
+    def write(self, step: int, optimizer: torch.optim.Optimizer, bad_steps: Tensor, batches: Batches) -> float:
         """One line about what happened since the last one, over all devices. Returns the bad steps in a row."""
         names = list(self.sums)
         sums = self.world.sum(torch.stack([self.sums[name].float() for name in names]))
@@ -111,7 +111,7 @@ class Log:
         for group in optimizer.param_groups:
             record[f"rate/{group['name']}"] = group["lr"]
         seconds = max(self.active, 1e-9)
-        record |= {"norm": norm, "skipped": skipped, "dropped": feed.dropped, "wait": feed.waited / seconds}
+        record |= {"norm": norm, "skipped": skipped, "dropped": batches.dropped, "wait": batches.waited / seconds}
         record |= {"samples_per_second": self.windows * self.world.size / seconds, "step_seconds": seconds / self.steps}
         if self.peak is not None:
             record["mfu"] = self.flops / seconds / self.peak
@@ -125,7 +125,7 @@ class Log:
             + f", wait {100 * record['wait']:.0f}%"
             + (f", {skipped:.0f} steps skipped" if skipped else "")
         )
-        feed.waited = 0.0
+        batches.waited = 0.0
         self._reset()
         return bad_in_a_row
 

@@ -82,7 +82,10 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 class Average:
-    """Exponential moving average of the weights; its model is the one to evaluate and to ship."""
+    """Exponential moving average of the weights; its model is the one to evaluate and to ship.
+
+    torch.optim.swa_utils.AveragedModel would forget the start at once: its first update is a copy.
+    """
 
     def __init__(self, model: Whisper, decay: float):
         self.decay = decay

@@ -15,6 +15,7 @@ import torch
 from helpers.noise import RATE, bank, generator, rirs, torchaudio_loads, voices
 
 from dawhisper.errors import OptionError
+from dawhisper.evaluation.conditions import conditions
 from dawhisper.noise import augment as noise
 from dawhisper.noise.augment import KINDS, SPEEDS, Augment, AugmentOptions, spec_augment, speed_changer
 from dawhisper.noise.random_numbers import step_generator
@@ -196,6 +197,11 @@ def test_babble_from_the_batch_needs_company_and_other_kinds_take_over() -> None
 def test_wrong_options_are_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         AugmentOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_each_kind_has_a_weight_and_a_condition() -> None:
+    assert set(KINDS) <= {field.name for field in dataclasses.fields(AugmentOptions)}
+    assert {condition.kind for condition in conditions(KINDS, [0.0])} == set(KINDS)
 
 
 def test_noise_without_any_kind_is_an_error() -> None:
