@@ -21,7 +21,7 @@ from whisper.tokenizer import Tokenizer
 
 from .audio import SampleReader, Source, log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingResult, language_code, model_tokenizer
-from .model import Whisper
+from .model import AudioFeatures, Whisper
 from .transcription import (
     Segment,
     TranscribeOptions,
@@ -37,15 +37,18 @@ from .window import (
     Split,
     Window,
     decode_with_fallback,
-    is_audible,
+    leading_silence,
+    mel_batch,
     padded_frames,
     pick,
     split_window,
+    spoken,
     spoken_languages,
-    without_empty,
+    without_silence,
 )
 
 T = TypeVar("T")
+HELD = 20  # windows without speech that are held back until the language is known
 
 
 @dataclass
@@ -70,6 +73,7 @@ class BatchedRecording:
     skipped: list[Skip] = field(default_factory=list)
     error: Exception | None = None
     ended: bool = False  # all of it was read
+    opening: Chunk | None = None  # its first speech, which tells its language
     slots: deque[Slot] = field(default_factory=deque)
     _tokenizer: Tokenizer | None = None
 
@@ -161,18 +165,37 @@ def read(
     recordings: Sequence[BatchedRecording], options: TranscribeOptions
 ) -> Iterator[tuple[BatchedRecording, Chunk | Skip | Exception | None]]:
     """What the recordings hold, one after the other; at the end of each, None or why it could not be read."""
-    clips = clip_frames(options.clip_timestamps)
     for recording in recordings:
         try:
             with closing(SampleReader(recording.source, track=options.audio_track)) as reader:
-                for first, last in clips:
-                    reader.skip_to(first * HOP_LENGTH)
-                    end = None if last is None else last * HOP_LENGTH
-                    for piece in cut(reader, end, options.vad_filter):
-                        yield recording, piece
+                for piece in opening_first(recording, pieces_of(reader, options)):
+                    yield recording, piece
             yield recording, None
         except Exception as error:  # the other recordings go on
             yield recording, error
+
+
+def pieces_of(reader: SampleReader, options: TranscribeOptions) -> Iterator[Chunk | Skip]:
+    """The clips of a recording, in windows."""
+    for first, last in clip_frames(options.clip_timestamps):
+        reader.skip_to(first * HOP_LENGTH)
+        yield from cut(reader, None if last is None else last * HOP_LENGTH, options.vad_filter)
+
+
+def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -> Iterator[Chunk | Skip]:
+    """The pieces; none before it is known where the recording's first speech is, or that there is none for long."""
+    held: list[Chunk | Skip] = []
+    for piece in pieces:
+        if recording.opening is None:
+            held.append(piece)
+            recording.opening = piece.from_speech() if isinstance(piece, Chunk) else None
+            if recording.opening is None and len(held) < HELD:
+                continue
+            yield from held
+            held = []
+        else:
+            yield piece
+    yield from held
 
 
 def read_ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
@@ -222,14 +245,17 @@ def hear_batch(model: Whisper, batch: list[Job], options: TranscribeOptions) -> 
     mel = log_mel_spectrogram(torch.from_numpy(samples), model.dims.n_mels, device=model.device)
     for window, job in zip(mel, batch):
         window[:, job.chunk.size :] = 0  # as the last window of a recording is padded
-    audible = [i for i, job in enumerate(batch) if is_audible(mel[i, :, : job.chunk.size])]
+    later = [
+        without_silence(job.window, leading_silence(window[:, : job.chunk.size])) for window, job in zip(mel, batch)
+    ]
+    audible = [i for i, split in enumerate(later) if split is None]
     results = decode_jobs(model, mel[audible], [batch[i] for i in audible], options)
     decoded = dict(zip(audible, results))
     return [
         split_window(model, job.recording, job.window, decoded[i], options, last_speech=job.window.start)
-        if i in decoded
-        else job.window.skip("digital silence")
-        for i, job in enumerate(batch)
+        if split is None
+        else split
+        for i, (job, split) in enumerate(zip(batch, later))
     ]
 
 
@@ -241,24 +267,41 @@ def decode_jobs(
         return iter(())
     with torch.no_grad():
         features = model.encode(mel.to(model.dtype))
-    new: dict[BatchedRecording, int] = {}  # its first window
-    for i, job in enumerate(jobs):
+    new: dict[BatchedRecording, Job] = {}  # with its first window
+    for job in jobs:
         if not job.recording.language:
-            new.setdefault(job.recording, i)
-    if options.decoding.language:
-        languages = [options.decoding.language] * len(new)
-    else:
-        languages = spoken_languages(model, pick(features, list(new.values())), options) if new else []
+            new.setdefault(job.recording, job)
+    given = options.decoding.language
+    languages = [given] * len(new) if given else first_languages(model, list(new.values()), jobs, features, options)
     for recording, language in zip(new, languages):
         recording.speaks(model, language, options.decoding.task)
+    spoken_in = [job.recording.language for job in jobs]
+    if options.multilingual:
+        spoken_in = spoken_languages(model, features, replace(options, verbose=None))
 
     results: dict[int, DecodingResult] = {}
-    for language in dict.fromkeys(job.recording.language for job in jobs):
-        same = [i for i, job in enumerate(jobs) if job.recording.language == language]
+    for language in dict.fromkeys(spoken_in):
+        same = [i for i, each in enumerate(spoken_in) if each == language]
         prompt = Prompt.of(model, jobs[same[0]].recording.tokenizer, options).initial
         decoded = decode_with_fallback(model, pick(features, same), options.speaking(language), prompt)
         results.update(zip(same, decoded))
     return (results[i] for i in range(len(jobs)))
+
+
+def first_languages(
+    model: Whisper, new: list[Job], jobs: list[Job], features: AudioFeatures, options: TranscribeOptions
+) -> list[str]:
+    """The languages of new recordings, of each in its first speech; its window's features serve where that is in it."""
+    if not new:
+        return []
+    openings = [job.recording.opening or job.chunk for job in new]
+    chunks = [job.chunk for job in jobs]
+    places = [next((i for i, chunk in enumerate(chunks) if chunk is opening), None) for opening in openings]
+    here = [place for place in places if place is not None]
+    if len(here) == len(openings):
+        return spoken_languages(model, pick(features, here), options)
+    mel = mel_batch(model, [opening.samples for opening in openings])
+    return spoken_languages(model, mel.to(model.dtype), options)
 
 
 def settle(job: Job, split: Split, options: TranscribeOptions) -> Job | None:
@@ -266,9 +309,9 @@ def settle(job: Job, split: Split, options: TranscribeOptions) -> Job | None:
     for skip in split.skipped:
         say(skip, options)
     job.recording.skipped += split.skipped
-    job.slot.segments += [without_empty(segment) for segment in split.segments]
+    job.slot.segments += spoken(split.segments, job.window)
     resume = split.resume if split.resume > job.chunk.seek else job.window.end
-    if resume < job.window.end and job.chunk.has_speech(resume):
+    if resume < job.window.end and (not split.heard or job.chunk.has_speech(resume)):
         return Job(job.recording, job.slot, job.chunk.rest(resume))
     job.slot.open = False
     return None

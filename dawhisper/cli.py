@@ -157,6 +157,7 @@ def _transcribe_parser(commands: Any) -> None:
     add("--hallucination_silence_threshold", type=optional(float), help="skip silences longer than this (seconds)")
     add("--audio_track", type=optional(int), help="which sound track of a video, counted from 1; the default one")
     add("--batch_size", type=optional(int), help="windows, of all files, decoded together; None is one after the other")
+    add("--multilingual", type=boolean, default=False, help="find out the language of each window, not just the first")
     add("--vad_filter", type=boolean, default=False, help="leave out what holds no voice (better with silero-vad)")
 
 

@@ -27,6 +27,17 @@ from .kv_cache import KVCache
 from .model import AudioFeatures, Whisper
 
 NEVER = float("-inf")
+OTHER_CODES = {  # older, wider or narrower codes of languages -> Whisper's
+    "cmn": "zh",
+    "fil": "tl",
+    "in": "id",
+    "iw": "he",
+    "ji": "yi",
+    "jv": "jw",
+    "mo": "ro",
+    "nb": "no",
+    "zsm": "ms",
+}
 LOOK_EVERY = 8  # tokens between looks at the flag on a GPU, which stands still meanwhile
 
 
@@ -35,7 +46,7 @@ class DecodingOptions:
     """How to decode a window; the fields are openai-whisper's.
 
     task: "transcribe", "translate" (to English) or "lang_id" (detect the language only).
-    language: code or English name; None detects it for each window.
+    language: code, tag or English name; None or "auto" detects it for each window.
     temperature: 0 decodes greedily or with beams, above 0 samples.
     sample_len: most tokens to sample; None is half of the text context.
     best_of: samples drawn a window at a temperature above 0; the best is kept.
@@ -63,6 +74,9 @@ class DecodingOptions:
     without_timestamps: bool = False
     max_initial_timestamp: float | None = 1.0
     fp16: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "language", asked_language(self.language))
 
     def verify(self) -> None:
         """OptionError for values out of range and for options that exclude each other."""
@@ -102,13 +116,27 @@ class DecodingResult:
 
 
 def language_code(language: str) -> str:
-    """The code of a language given by code or English name; OptionError with near names otherwise."""
-    name = language.lower()
-    if name in LANGUAGES:
-        return name
-    if name in TO_LANGUAGE_CODE:
-        return TO_LANGUAGE_CODE[name]
-    raise OptionError(f"unknown language {language!r}{near_names(name, [*LANGUAGES, *TO_LANGUAGE_CODE])}")
+    """The code of a language given by code, tag (en-US, zh_TW) or English name; OptionError with a hint otherwise."""
+    name = language.strip().lower().replace("_", "-")
+    for known in (name, name.split("-")[0]):
+        known = OTHER_CODES.get(known, known)
+        if known in LANGUAGES:
+            return known
+        if known in TO_LANGUAGE_CODE:
+            return TO_LANGUAGE_CODE[known]
+    start = name.split("-")[0]  # eng, spa: three letters are often the name's first
+    alike = [code for code, english in LANGUAGES.items() if len(start) == 3 and english.startswith(start)]
+    hint = f"; did you mean {', '.join(alike)}?" if alike else near_names(name, [*LANGUAGES, *TO_LANGUAGE_CODE])
+    raise OptionError(
+        f"unknown language {language!r}{hint or '; use a code such as en or zh, an English name, or auto'}"
+    )
+
+
+def asked_language(language: str | None) -> str | None:
+    """The code of the language that was asked for; None for "auto" and for nothing, which have it found out."""
+    if not isinstance(language, (str, type(None))):
+        raise OptionError(f"language is a code or an English name, not {language!r}")
+    return language_code(language) if language and language.strip().lower() != "auto" else None
 
 
 def model_tokenizer(model: Whisper, language: str | None = None, task: str | None = None) -> Tokenizer:

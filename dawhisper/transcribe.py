@@ -18,6 +18,7 @@ from whisper.tokenizer import Tokenizer
 
 from .audio import SampleReader, Source, is_samples, load_audio, log_mel_spectrogram, pad_or_trim
 from .batched import BatchedRecording, segments_of_one, transcribe_all
+from .console import show
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .model import Whisper
 from .transcription import (
@@ -30,19 +31,20 @@ from .transcription import (
     say,
     warn_of_translated_words,
 )
-from .vad import Skip, cut
+from .vad import Chunk, Skip, cut
 from .window import (
     Prompt,
     Split,
     Window,
     decode_with_fallback,
     encode_window,
-    is_audible,
     last_word_end,
+    leading_silence,
     padded_frames,
     split_window,
+    spoken,
     spoken_languages,
-    without_empty,
+    without_silence,
 )
 
 
@@ -102,21 +104,43 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
     clips = clip_frames(options.clip_timestamps)
     samples = load_audio(audio, track=options.audio_track)
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
+    frames = mel.shape[-1] - N_FRAMES
+    parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]
+    skipped: list[Skip] = []
+    if options.vad_filter:
+        parts, skipped = spoken_parts(samples, parts)
+        for skip in skipped:
+            say(skip, options)
     language = options.decoding.language
     if language is None:
-        if model.is_multilingual and options.verbose:
-            print("Detecting language using up to the first 30 seconds. Use `--language` to specify the language")
-        heard = padded_frames(model, mel.shape[-1] - N_FRAMES)
-        (language,) = spoken_languages(model, pad_or_trim(mel, heard)[None], options)
+        language = first_language(model, samples, mel, parts, options)
     warn_of_translated_words(options)
     tokenizer = model_tokenizer(model, language, options.decoding.task)
-    ended = [(first, mel.shape[-1] - N_FRAMES if last is None else last) for first, last in clips]
-    if not options.vad_filter:
-        return OpenRecording(mel, language_code(language), tokenizer, ended)
-    voiced, skipped = spoken_parts(samples, ended)
-    for skip in skipped:
-        say(skip, options)
-    return OpenRecording(mel, language_code(language), tokenizer, voiced, skipped)
+    return OpenRecording(mel, language_code(language), tokenizer, parts, skipped)
+
+
+def first_language(
+    model: Whisper, samples: np.ndarray, mel: Tensor, parts: list[tuple[int, int]], options: TranscribeOptions
+) -> str:
+    """The language of the first speech in the parts (first and last frame)."""
+    if not model.is_multilingual:
+        return "en"
+    if options.verbose:
+        show("Detecting language using up to the first 30 seconds of speech. Use `--language` to specify the language")
+    first, last = first_speech(samples, parts)
+    heard = pad_or_trim(mel if last >= mel.shape[-1] - N_FRAMES else mel[:, :last], mel.shape[-1])[:, first:]
+    (language,) = spoken_languages(model, pad_or_trim(heard, padded_frames(model, last - first))[None], options)
+    return language
+
+
+def first_speech(samples: np.ndarray, parts: list[tuple[int, int]]) -> tuple[int, int]:
+    """The first and last frame of the part that speech starts in, from there on; of the first part without any."""
+    for first, last in parts:
+        reader = SampleReader(samples[first * HOP_LENGTH : last * HOP_LENGTH])
+        for piece in cut(reader, None, drop_silence=False):
+            if isinstance(piece, Chunk) and (found := piece.from_speech()) is not None:
+                return first + found.seek, last
+    return parts[0] if parts else (0, len(samples) // HOP_LENGTH)
 
 
 def spoken_parts(samples: np.ndarray, clips: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[Skip]]:
@@ -146,7 +170,7 @@ def iter_segments(model: Whisper, recording: OpenRecording, options: TranscribeO
                 recording.skipped.extend(split.skipped)
                 if split.heard and result is not None:
                     last_speech = last_word_end(split.segments, default=last_speech)
-                    split = replace(split, segments=[without_empty(segment) for segment in split.segments])
+                    split = replace(split, segments=spoken(split.segments, window))
                     prompt = prompt.after(split.segments, result, options)
                 for skip in split.skipped:
                     say(skip, options)
@@ -167,8 +191,12 @@ def hear(
     last_speech: float,
 ) -> tuple[Split, DecodingResult | None]:
     """A window's segments, and what they were cut from where it was decoded."""
-    if not is_audible(recording.mel[:, window.seek : window.end]):
-        return window.skip("digital silence"), None
+    later = without_silence(window, leading_silence(recording.mel[:, window.seek : window.end]))
+    if later is not None:
+        return later, None
     features = encode_window(model, recording.mel, window)
+    if options.multilingual:
+        (language,) = spoken_languages(model, features, replace(options, verbose=None))
+        options = options.speaking(language)
     (result,) = decode_with_fallback(model, features, options, prompt.tokens(options))
     return split_window(model, recording, window, result, options, last_speech), result

@@ -16,7 +16,7 @@ import torch
 
 from .batched import BatchedRecording, iter_batched
 from .checkpoint import load_model
-from .decoding import language_code
+from .decoding import asked_language
 from .errors import DawhisperError, OptionError, unforeseen
 from .files import writable_folder
 from .model import Whisper
@@ -85,14 +85,14 @@ def transcribe_files(
     writing.verify(options.get("word_timestamps", False))
     options = {**options, "temperature": fallback_temperatures(temperature, increment)}
     TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
-    if options.get("language"):
-        language_code(options["language"])
+    options["language"] = asked_language(options.get("language"))
     writable_folder(output_dir)
     if threads:
         torch.set_num_threads(threads)
     model = load_model(model_name, device, dtype, download_root)
     model.decoder.int8_memory = int8_memory  # type: ignore[assignment]
     options["language"] = usable_language(model, model_name, options.get("language"))
+    options["multilingual"] = bool(options.get("multilingual")) and model.is_multilingual
 
     failed, names = 0, output_names(paths)
     outcomes = one_by_one if options.get("batch_size") is None else in_batches
@@ -131,7 +131,7 @@ def usable_language(model: Whisper, name: str, language: str | None) -> str | No
     """English for English-only models, whatever was asked for."""
     if model.is_multilingual:
         return language
-    if language and language_code(language) != "en":
+    if asked_language(language) not in (None, "en"):
         warnings.warn(f"{name} knows English only; using English instead of {language}", stacklevel=2)
     return "en"
 

@@ -43,6 +43,7 @@ class TranscribeOptions:
     audio_track: which of a video's sound tracks, counted from 1; None is the default one.
     batch_size: windows decoded together; recordings are cut into them at pauses, and none is prompted with the text
         before it. None decodes one window after the other, each prompted with the text before it.
+    multilingual: find out the language of each window, for people who switch; None may be given as the language then.
     vad_filter: leave out what the voice activity detector hears no speech in.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
@@ -62,6 +63,7 @@ class TranscribeOptions:
     hallucination_silence_threshold: float | None = None
     audio_track: int | None = None
     batch_size: int | None = None
+    multilingual: bool = False
     vad_filter: bool = False
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
@@ -82,6 +84,8 @@ class TranscribeOptions:
             )
         if made.audio_track is not None and made.audio_track < 1:
             raise OptionError(f"audio_track is counted from 1, not {made.audio_track}")
+        if made.multilingual and decoding.language is not None:
+            raise OptionError("multilingual finds out the language of each window; leave out `language`")
         for temperature in made.temperatures():
             made.at(temperature).verify()
         seek_points(made.clip_timestamps)
@@ -114,7 +118,7 @@ def plain_number(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of speech; `words` is None where no word times were asked for."""
+    """A stretch of speech; `words` is None where no word times were asked for, as in all of a recording's segments."""
 
     id: int
     seek: int
@@ -137,10 +141,10 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Transcription:
+class Transcription(dict[str, Any]):
     """A recording's text, segments, language code, and the parts that were skipped and why.
 
-    `result["text"]` works as with openai-whisper's dict.
+    It is also openai-whisper's dict: `result["text"]`, `result.get`, `json.dumps(result)`.
     """
 
     text: str
@@ -148,13 +152,17 @@ class Transcription:
     language: str
     skipped: list[Skip] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.update(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
-        segments = [segment.to_dict() for segment in self.segments]
+        """openai-whisper's dict; a segment that says nothing is not in it, and all have words or none has."""
+        said = [segment for segment in self.segments if segment.text.strip()]
+        if any(segment.words is None for segment in said):
+            said = [replace(segment, words=None) for segment in said]
+        segments = [segment.to_dict() for segment in said]
         skipped = [asdict(skip) for skip in self.skipped]
         return {"text": self.text, "segments": segments, "language": self.language, "skipped": skipped}
-
-    def __getitem__(self, key: str) -> Any:
-        return self.to_dict()[key]
 
 
 class Recording(Protocol):

@@ -30,6 +30,8 @@ THRESHOLD = 0.5  # probability from which on a step is speech
 PADDING = 3  # steps kept before and after speech
 MIN_SILENCE = 6  # steps, about 1 s: shorter silences are not worth leaving out
 
+SOON = 31  # steps, 5 s: speech that starts by then leaves enough of the window to tell its language
+
 Detector = Callable[[np.ndarray], np.ndarray]  # samples [n] -> probability of speech of each frame [n / 512]
 
 
@@ -58,6 +60,14 @@ class Chunk:
     def has_speech(self, seek: int) -> bool:
         """Whether there is speech from this spectrogram frame on."""
         return bool((self.speech[-(-(seek - self.seek) * HOP_LENGTH // STEP) :] >= THRESHOLD).any())
+
+    def from_speech(self) -> Chunk | None:
+        """This from its first speech on, or all of it where that comes soon; None without speech."""
+        loud = np.flatnonzero(self.speech >= THRESHOLD)
+        if not len(loud):
+            return None
+        first = max(int(loud[0]) - PADDING, 0)
+        return self if first <= SOON else self.rest(self.seek + first * STEP // HOP_LENGTH)
 
     def rest(self, seek: int) -> Chunk:
         """What is left from this spectrogram frame on."""

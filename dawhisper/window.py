@@ -17,12 +17,15 @@ from whisper.tokenizer import LANGUAGES, Tokenizer
 
 from .audio import log_mel_spectrogram, pad_or_trim
 from .console import show
-from .decoding import DecodingResult, decode_windows, detect_language
+from .decoding import DecodingResult, decode_windows, detect_language, model_tokenizer
 from .model import AudioFeatures, Whisper
 from .timing import TimedText, Word, add_word_times
 from .transcription import Recording, Segment, TranscribeOptions
 from .vad import Skip
 
+LATEST_START = 100  # frames, 1 s: Whisper says of no first words that they start later in a window
+BEFORE_SOUND = 10  # frames of silence that are left before a sound
+SHORTEST = 0.1  # seconds of a segment that the model put behind the recording's end
 PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
 
 
@@ -123,20 +126,33 @@ def split_window(
     """What a decoded window gave, with words where they are asked for."""
     if is_silence(model, result, options):
         return window.skip("no speech")
-    split = split_segments(result, window, model, recording.tokenizer)
+    tokenizer = model_tokenizer(model, result.language, options.decoding.task)
+    split = split_segments(result, window, model, tokenizer)
     if not options.word_timestamps:
         return split
     features = AudioFeatures(*(x[None] for x in result.audio_features))
-    return with_words(split, model, recording, features, window, last_speech, options)
+    return with_words(split, model, recording, tokenizer, features, window, last_speech, options)
 
 
-def is_audible(mel: Tensor) -> bool:
-    """Whether anything in the window [n_mels, frames] rises above the spectrogram's floor, 80 dB below the maximum.
+def leading_silence(mel: Tensor) -> int:
+    """Frames at the start of a window [n_mels, frames] in which nothing rises above the spectrogram's floor, 80 dB
+    below the maximum.
 
-    In digital silence openai-whisper hears "you"; this is the one place where we differ from it.
+    In digital silence openai-whisper hears "you", and puts the first words behind it into it; here we differ from it.
     """
-    low, high = mel.aminmax()
-    return bool(low < high)
+    audible = (mel > mel.min()).any(dim=0).nonzero()
+    return int(audible[0]) if len(audible) else mel.shape[-1]
+
+
+def without_silence(window: Window, silent: int) -> Split | None:
+    """The window as one to be heard later, from where its sound starts; None where that is at its beginning."""
+    if silent == window.size:
+        return window.skip("digital silence")
+    if silent <= LATEST_START:
+        return None
+    resume = window.seek + silent - BEFORE_SOUND
+    skip = Skip(window.start, resume / FRAMES_PER_SECOND, "digital silence")
+    return Split([], resume, heard=False, skipped=(skip,))
 
 
 def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
@@ -253,11 +269,20 @@ def split_segments(result: DecodingResult, window: Window, model: Whisper, token
     return Split(segments, resume, at_end)
 
 
-def without_empty(segment: Segment) -> Segment:
-    """A segment that takes no time or has no text keeps its place, but says nothing."""
-    if segment.start == segment.end or not segment.text.strip():
-        return replace(segment, text="", tokens=[], words=[])
-    return segment
+def spoken(segments: Sequence[Segment], window: Window) -> list[Segment]:
+    """The segments that say something and take time, none of it beyond the window's audio."""
+    end = window.start + window.duration
+    said = (segment for segment in segments if segment.start != segment.end and segment.text.strip())
+    return [segment if segment.end <= end else ended(segment, end, window.start) for segment in said]
+
+
+def ended(segment: Segment, end: float, start: float) -> Segment:
+    """A segment whose times lie between `start` and `end`; it takes a little time even where all of it was later."""
+    words = segment.words
+    if words is not None:
+        words = [replace(word, start=min(word.start, end), end=min(word.end, end)) for word in words]
+    begin = min(segment.start, max(start, end - SHORTEST)) if segment.start >= end else segment.start
+    return replace(segment, start=begin, end=end, words=words)
 
 
 # ---------------------------------------------------------------------------------------- word times in long form
@@ -273,18 +298,18 @@ def with_words(
     split: Split,
     model: Whisper,
     recording: Recording,
+    tokenizer: Tokenizer,
     features: AudioFeatures,
     window: Window,
     last_speech: float,
     options: TranscribeOptions,
 ) -> Split:
     """Give the segments their words, go on after the last of them, and drop what is likely made up in silence."""
-    eot = recording.tokenizer.eot
-    texts = [TimedText([t for t in s.tokens if t < eot], s.start, s.end) for s in split.segments]
+    texts = [TimedText([t for t in s.tokens if t < tokenizer.eot], s.start, s.end) for s in split.segments]
     timed = add_word_times(
         texts,
         model,
-        recording.tokenizer,
+        tokenizer,
         features,
         window.size,
         window.start,

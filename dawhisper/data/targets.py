@@ -8,8 +8,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from whisper.tokenizer import LANGUAGES
 
 from dawhisper.audio import N_SAMPLES_PER_TOKEN, TOKENS_PER_SECOND
+from dawhisper.decoding import language_code
 from dawhisper.errors import DataError, OptionError
 
 from .manifest import Utterance
@@ -72,16 +74,14 @@ class Target:
 
 def whisper_language(code: str | None, num_languages: int = 99) -> str | None:
     """Whisper's code for a language tag or English name ("zh-CN", "Azerbaijani"); None where Whisper has none."""
-    from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
-
     known = list(LANGUAGES)[:num_languages]
-    name = (code or "").strip().lower().replace("_", "-")
-    if name in ("zh-hk", "yue") and "yue" in known:
+    if (code or "").strip().lower().replace("_", "-") == "zh-hk" and "yue" in known:
         return "yue"
-    for candidate in (name, TO_LANGUAGE_CODE.get(name, ""), name.split("-")[0]):
-        if candidate in known:
-            return candidate
-    return None
+    try:
+        found = language_code(code or "")
+    except OptionError:
+        return None
+    return found if found in known else None
 
 
 class Targets:

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from whisper.tokenizer import TO_LANGUAGE_CODE
+from whisper.tokenizer import LANGUAGES
 
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.data.manifest import Report, Utterance, read_manifest
+from dawhisper.data.targets import whisper_language
 from dawhisper.errors import DataError, OptionError, near_names
 from dawhisper.noise.channels import reverberate
 from dawhisper.noise.generators import MADE
@@ -120,9 +121,8 @@ def read_items(manifests: Sequence[str | Path], language: str | None = None) -> 
 
 
 def _code(language: str | None) -> str | None:
-    """Whisper's code for a language given by code or English name; others as they are."""
-    name = (language or "").lower()
-    return TO_LANGUAGE_CODE.get(name, name) or None
+    """Whisper's code for a language given by code, tag or English name; others as they are."""
+    return whisper_language(language, len(LANGUAGES)) or (language or "").lower() or None
 
 
 def _name(utterance: Utterance) -> str:

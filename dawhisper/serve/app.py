@@ -44,7 +44,7 @@ from whisper.tokenizer import LANGUAGES
 
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.checkpoint import OWN_MODEL, load_model
-from dawhisper.decoding import language_code
+from dawhisper.decoding import asked_language
 from dawhisper.errors import AudioError, DawhisperError, OptionError
 from dawhisper.model import Whisper
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription
@@ -287,7 +287,7 @@ class Service:
 def usable_language(name: str, model: Whisper, language: str | None, task: str) -> str | None:
     """The code of the language asked for; ApiError where the model can't do that."""
     try:
-        code = language_code(language) if language else None
+        code = asked_language(language)
     except OptionError as error:
         raise ApiError(400, str(error), "language") from None
     if model.is_multilingual:

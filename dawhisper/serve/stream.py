@@ -32,7 +32,7 @@ from whisper.timing import WordTiming, merge_punctuations
 from dawhisper import vad
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.checkpoint import load_model
-from dawhisper.decoding import DecodingOptions, DecodingResult, decode_windows, language_code, model_tokenizer
+from dawhisper.decoding import DecodingOptions, DecodingResult, asked_language, decode_windows, model_tokenizer
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.timing import SENTENCE_END, Word, find_alignment, token_gates
@@ -52,7 +52,7 @@ MIC_BACKLOG = 60.0  # seconds that a microphone may be ahead of the model
 class StreamOptions:
     """How to listen.
 
-    language: code or English name; None detects it until the first word is final. task: as of DecodingOptions.
+    language: code, tag or English name; None detects it until the first word is final. task: as of DecodingOptions.
     initial_prompt: text before the first word. policy, margin: see the module.
     step: seconds of new audio between two decodings. silence: seconds of pause that end a turn.
     longest: seconds of audio that are decoded again; what is before them is final. gates: words carry the gate.
@@ -76,8 +76,7 @@ class StreamOptions:
         for name, low, high in (("step", 0.1, 5), ("margin", 0, 5), ("silence", 0.2, 5), ("longest", 5, 20)):
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} lies between {low} and {high} seconds, not {getattr(self, name)}")
-        if self.language is not None:
-            language_code(self.language)
+        object.__setattr__(self, "language", asked_language(self.language))
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,9 @@ class Stream:
                 continue
             own = gates[at : at + len(timing.tokens)]
             at += len(timing.tokens)
-            times = round(origin + timing.start, 2), round(origin + timing.end, 2)
+            start, end = (min(round(origin + t, 2), self.now) for t in (timing.start, timing.end))
             gate = round(sum(own) / len(own), 3) if own else None
-            words.append(LiveWord(timing.word, *times, float(timing.probability), tuple(timing.tokens), gate))
+            words.append(LiveWord(timing.word, start, end, float(timing.probability), tuple(timing.tokens), gate))
         return words
 
     def _stable(self, hypothesis: Hypothesis) -> int:

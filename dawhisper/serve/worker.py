@@ -23,9 +23,18 @@ from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import DecodingResult, decode_windows, model_tokenizer
 from dawhisper.model import Whisper
 from dawhisper.timing import Word, token_gates
-from dawhisper.transcribe import OpenRecording, iter_segments, open_recording
+from dawhisper.transcribe import OpenRecording, first_speech, iter_segments, open_recording
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription, collect
-from dawhisper.window import Prompt, Window, encode_window, is_audible, needs_fallback, split_window, without_empty
+from dawhisper.window import (
+    Prompt,
+    Window,
+    encode_window,
+    leading_silence,
+    needs_fallback,
+    split_window,
+    spoken,
+    without_silence,
+)
 
 
 class QueueFull(Exception):
@@ -204,14 +213,17 @@ def transcribe_together(
     """Transcribe clips of up to 30 s in one batch; None for each that needs more than one decoding of one window."""
     language = options.decoding.language or "en"
     recordings = [recorded(model, samples, language, options) for samples in clips]
+    # where speech starts late, the window is not what tells the language
+    given = options.decoding.language is not None or not model.is_multilingual
+    are_known = [given or first_speech(c, r.clips)[0] == 0 for c, r in zip(clips, recordings)]
     prompt = Prompt.of(model, recordings[0].tokenizer, options).tokens(options)
     mels = torch.stack([pad_or_trim(r.mel[:, : r.frames], N_FRAMES) for r in recordings])
     with torch.no_grad():
         features = model.encode(mels.to(model.device, model.dtype))
     results = decode_windows(model, features, options.at(options.temperatures()[0], prompt))
     return [
-        from_one_window(model, replace(r, language=result.language), result, options)
-        for r, result in zip(recordings, results)
+        from_one_window(model, replace(r, language=result.language), result, options) if known else None
+        for r, result, known in zip(recordings, results, are_known)
     ]
 
 
@@ -222,15 +234,18 @@ def from_one_window(
     tokenizer = model_tokenizer(model, result.language, options.decoding.task)
     recording = replace(recording, tokenizer=tokenizer)
     window = Window(0, recording.frames)
-    if not is_audible(recording.mel[:, : window.end]):
+    silent = leading_silence(recording.mel[:, : window.end])
+    if silent == window.size:
         return Transcription("", [], result.language)
+    if without_silence(window, silent) is not None:
+        return None
     if needs_fallback(model, result, options) and len(options.temperatures()) > 1:
         return None
     split = split_window(model, recording, window, result, options, 0.0)
     if split.resume < recording.frames:
         return None
     recording.skipped.extend(split.skipped)
-    segments = [replace(without_empty(s), id=i) for i, s in enumerate(split.segments)]
+    segments = [replace(segment, id=i) for i, segment in enumerate(spoken(split.segments, window))]
     return collect(iter(segments), recording)
 
 
