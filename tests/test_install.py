@@ -36,7 +36,7 @@ for words in (
     ["join", manifest, "--out", out + "/joined", "--seconds", "1", "29"],
     ["evaluate", manifest, *few, *short, "--kinds", "reverb", "--snr", "0", "--out", out + "/errors"],
     ["visualize", clip, "--noise", clip, *few, "--language", "en", "--text", "modern", "-o", out + "/pictures"],
-    ["bench", str(Path(clips) / "0.wav"), *few],
+    ["bench", str(Path(clips) / "0.wav"), *few, "--against", "transformers", "--converted", out + "/converted"],
     ["export", "--model", model, "--out", out + "/onnx"],
 ):
     code = cli.main(words)

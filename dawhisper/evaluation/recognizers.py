@@ -21,6 +21,7 @@ import torch
 from dawhisper.audio import N_SAMPLES, pad_or_trim
 from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
 from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
+from dawhisper.formats.huggingface import hide_broken_torchaudio
 
 PACKAGES = {  # of each back end: what is imported, what is installed
     "openai": ("whisper", "openai-whisper"),
@@ -218,6 +219,7 @@ class HuggingFace:
     """A Whisper in the format of transformers."""
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        hide_broken_torchaudio()
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
         self.processor: Any = WhisperProcessor.from_pretrained(spec.path)

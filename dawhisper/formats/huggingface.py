@@ -6,6 +6,7 @@ Nothing is downloaded: the vocabulary is openai-whisper's own.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,8 +137,18 @@ def openai_name(name: str) -> str:
     return HF_NAMES.get(name) or ".".join(HF_PARTS.get(part, part) for part in name.split("."))
 
 
+def hide_broken_torchaudio() -> None:
+    """To be called before transformers is imported: it imports a torchaudio that is there, and dies of one that doesn't
+    load beside this torch, though Whisper needs none of it. Hidden, it counts as not installed."""
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+
+
 def to_transformers(model: Whisper, folder: Path) -> None:
     """Write config, weights (in the model's dtype), tokenizer and preprocessor that `transformers` loads."""
+    hide_broken_torchaudio()
     from transformers import (
         GenerationConfig,
         WhisperConfig,
@@ -225,6 +236,7 @@ def transformers_tokenizer(tokenizer: Tokenizer) -> object:
 
 def to_ctranslate2(transformers_folder: Path, folder: Path) -> None:
     """Write a folder that faster-whisper loads, in fp32; it quantizes as it loads."""
+    hide_broken_torchaudio()
     from ctranslate2.converters import TransformersConverter
 
     files = ["tokenizer.json", "preprocessor_config.json"]
