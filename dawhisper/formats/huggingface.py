@@ -6,7 +6,6 @@ Nothing is downloaded: the vocabulary is openai-whisper's own.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,12 +137,16 @@ def openai_name(name: str) -> str:
 
 
 def hide_broken_torchaudio() -> None:
-    """To be called before transformers is imported: it imports a torchaudio that is there, and dies of one that doesn't
-    load beside this torch, though Whisper needs none of it. Hidden, it counts as not installed."""
+    """Tells transformers that there is no torchaudio, where there is one that doesn't load beside this torch.
+
+    Its Whisper needs none, but imports what it finds, and dies of that.
+    """
     try:
         import torchaudio  # noqa: F401
     except (ImportError, OSError, RuntimeError):
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+        from transformers import utils
+
+        utils.is_torchaudio_available = lambda: False
 
 
 def to_transformers(model: Whisper, folder: Path) -> None:
