@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dawhisper import load_model, save_model
-from dawhisper.evaluation.run import EvaluateOptions, run
+from dawhisper.evaluation.run import EvaluateOptions, evaluate
 from dawhisper.evaluation.tables import Results
 from dawhisper.tools.export import export
 
@@ -77,7 +77,7 @@ def main() -> None:
     sizes = {"fp32": megabytes(Path(args.model)) if Path(args.model).exists() else float("nan")}
     sizes |= {label: megabytes(path) for label, path in forms.items()}
     specs = [f"fp32={args.model}", *(f"{k}={v}" for k, v in forms.items())]
-    results = run(
+    results = evaluate(
         EvaluateOptions(
             manifests=args.manifests,
             models=specs,

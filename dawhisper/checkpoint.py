@@ -44,6 +44,7 @@ from .files import replacing
 from .model import DualOptions, Whisper
 
 OWN_MODEL = "dawhisper-base"  # Whisper base with a second branch, trained for noise
+MODEL_HELP = "dawhisper's own, the name of one of OpenAI's (base, small ...), or the path of a checkpoint"
 ADAPTER = "adapter_config.json"
 
 

@@ -25,6 +25,7 @@ from dawhisper.fast.cache import StaticKVCache, open_cache
 from .errors import OptionError, near_names
 from .kv_cache import KVCache
 from .model import AudioFeatures, Whisper
+from .options import option
 
 NEVER = float("-inf")
 OTHER_CODES = {  # older, wider or narrower codes of languages -> Whisper's
@@ -59,17 +60,19 @@ class DecodingOptions:
     fp16: accepted for openai-whisper's callers and ignored; the model's own dtype is used.
     """
 
-    task: str = "transcribe"
-    language: str | None = None
+    task: str = option("transcribe", "translate means into English", choices=["transcribe", "translate"])
+    language: str | None = option(None, "language spoken, by code or English name; None detects it")
     temperature: float = 0.0
     sample_len: int | None = None
-    best_of: int | None = None
-    beam_size: int | None = None
-    patience: float | None = None
-    length_penalty: float | None = None
+    best_of: int | None = option(None, "samples at a temperature above 0; the best is kept")
+    beam_size: int | None = option(None, "beams at temperature 0; None decodes greedily")
+    patience: float | None = option(None, "beam search patience (arXiv:2204.05424); 1.0 is plain beam search")
+    length_penalty: float | None = option(None, "alpha of arXiv:1609.08144; None divides by the length")
     prompt: str | list[int] | None = None
     prefix: str | list[int] | None = None
-    suppress_tokens: str | Iterable[int] | None = "-1"
+    suppress_tokens: str | Iterable[int] | None = option(
+        "-1", "ids never sampled, comma-separated; -1 is most special characters"
+    )
     suppress_blank: bool = True
     without_timestamps: bool = False
     max_initial_timestamp: float | None = 1.0

@@ -6,6 +6,8 @@ import torch
 
 from .errors import OptionError
 
+DEVICE_HELP = "cuda, mps or cpu; the best there is by default"
+THREADS_HELP = "CPU threads; 0 lets torch choose"
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,

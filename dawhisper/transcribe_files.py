@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from .batched import BatchedRecording, iter_batched
-from .checkpoint import load_model
+from .checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from .decoding import asked_language
+from .device import DEVICE_HELP, THREADS_HELP
 from .errors import DawhisperError, OptionError, unforeseen
 from .files import writable_folder
 from .model import Whisper
+from .options import option
 from .transcribe import transcribe_lazily
 from .transcription import Segment, TranscribeOptions, Transcription, collect
 from .writers import WRITERS
@@ -31,11 +33,11 @@ SMALLEST_INCREMENT = 0.01  # of the temperature
 class WriterOptions:
     """The format of the outputs, and how subtitles break into lines where there are word times."""
 
-    output_format: str = "all"
-    highlight_words: bool = False
-    max_line_width: int | None = None
-    max_line_count: int | None = None
-    max_words_per_line: int | None = None
+    output_format: str = option("all", "what is written", short="-f", choices=[*WRITERS, "all"])
+    highlight_words: bool = option(False, "underline words as they are spoken (srt and vtt)")
+    max_line_width: int | None = option(None, "characters in a line of subtitles")
+    max_line_count: int | None = option(None, "lines in a subtitle")
+    max_words_per_line: int | None = option(None, "words in a subtitle")
 
     def verify(self, word_timestamps: bool) -> None:
         for name, value in self.lines().items():
@@ -53,6 +55,25 @@ class WriterOptions:
 
 
 @dataclass(frozen=True)
+class FilesOptions:
+    """Which files are transcribed, by which model, and where the outputs go."""
+
+    audio: Sequence[str] = option(help="audio or video files", positional=True)
+    model: str = option(OWN_MODEL, MODEL_HELP)
+    model_dir: str | None = option(None, "where downloaded models are kept; ~/.cache/whisper by default")
+    device: str | None = option(None, DEVICE_HELP)
+    fp16: bool = option(True, "compute in fp16 on a GPU; False in fp32 (a CPU always does)")
+    dtype: str | None = option(
+        None, "compute in this instead; int8 is fastest on a CPU", choices=["fp32", "fp16", "bf16", "int8"]
+    )
+    int8_memory: bool = option(False, "on a GPU: keep the audio's keys and values in int8, faster")
+    threads: int = option(0, THREADS_HELP)
+    output_dir: str = option(".", "folder for the outputs", short="-o")
+    temperature: float = option(0.0, "temperature to sample with; 0 takes the likeliest text")
+    temperature_increment_on_fallback: float | None = option(0.2, "step of the fallback's retries")
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of the file at this place in the list; `interrupted` by Ctrl-C, with what was known until then."""
 
@@ -63,35 +84,25 @@ class Outcome:
 
 
 def transcribe_files(
-    paths: Sequence[str],
-    *,
-    model_name: str,
-    download_root: str | None,
-    device: str | None,
-    dtype: str | None,
-    int8_memory: bool,
-    threads: int,
-    output_dir: Path,
-    writing: WriterOptions,
-    temperature: float,
-    increment: float | None,
-    options: dict[str, Any],
-    report: Callable[[str], int],
+    files: FilesOptions, writing: WriterOptions, options: dict[str, Any], report: Callable[[str], int]
 ) -> int:
     """Transcribe each file and write its outputs. A file that fails is reported and the others go on; returns 1 then.
 
-    On Ctrl-C the outputs of what was transcribed so far are written first.
+    options: the arguments of `transcribe`, but for its temperatures. On Ctrl-C the outputs of what was transcribed so
+    far are written first.
     """
     writing.verify(options.get("word_timestamps", False))
-    options = {**options, "temperature": fallback_temperatures(temperature, increment)}
+    temperatures = fallback_temperatures(files.temperature, files.temperature_increment_on_fallback)
+    options = {**options, "temperature": temperatures}
     TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
     options["language"] = asked_language(options.get("language"))
+    paths, output_dir = files.audio, Path(files.output_dir)
     writable_folder(output_dir)
-    if threads:
-        torch.set_num_threads(threads)
-    model = load_model(model_name, device, dtype, download_root)
-    model.decoder.int8_memory = int8_memory  # type: ignore[assignment]
-    options["language"] = usable_language(model, model_name, options.get("language"))
+    if files.threads:
+        torch.set_num_threads(files.threads)
+    model = load_model(files.model, files.device, files.dtype or (None if files.fp16 else "fp32"), files.model_dir)
+    model.decoder.int8_memory = files.int8_memory  # type: ignore[assignment]
+    options["language"] = usable_language(model, files.model, options.get("language"))
     options["multilingual"] = bool(options.get("multilingual")) and model.is_multilingual
 
     failed, names = 0, output_names(paths)

@@ -21,6 +21,7 @@ from whisper.utils import format_timestamp
 from .console import show
 from .decoding import DecodingOptions
 from .errors import OptionError, near_names
+from .options import option
 from .timing import Word
 from .vad import Skip
 
@@ -48,23 +49,23 @@ class TranscribeOptions:
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
 
-    verbose: bool | None = None
+    verbose: bool | None = option(None, "True prints the text as it comes, False shows a progress bar")
     temperature: float | Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    compression_ratio_threshold: float | None = 2.4
-    logprob_threshold: float | None = -1.0
-    no_speech_threshold: float | None = 0.6
-    condition_on_previous_text: bool = True
-    initial_prompt: str | None = None
-    carry_initial_prompt: bool = False
-    word_timestamps: bool = False
-    prepend_punctuations: str = "\"'“¿([{-"
-    append_punctuations: str = "\"'.。,，!！?？:：”)]}、"
-    clip_timestamps: str | Sequence[float] = "0"
-    hallucination_silence_threshold: float | None = None
-    audio_track: int | None = None
-    batch_size: int | None = None
-    multilingual: bool = False
-    vad_filter: bool = False
+    compression_ratio_threshold: float | None = option(2.4, "text more repetitive is retried")
+    logprob_threshold: float | None = option(-1.0, "text less likely (mean log) is retried")
+    no_speech_threshold: float | None = option(0.6, "above it unlikely text counts as silence")
+    condition_on_previous_text: bool = option(True, "prompt each window with the text before it")
+    initial_prompt: str | None = option(None, "text before the first window: names, spelling, style")
+    carry_initial_prompt: bool = option(False, "prompt every window with initial_prompt")
+    word_timestamps: bool = option(False, "times for each word")
+    prepend_punctuations: str = option("\"'“¿([{-", "merged with the next word")
+    append_punctuations: str = option("\"'.。,，!！?？:：”)]}、", "merged with the word before")
+    clip_timestamps: str | Sequence[float] = option("0", "parts to transcribe: start,end,start,... in seconds")
+    hallucination_silence_threshold: float | None = option(None, "skip silences longer than this (seconds)")
+    audio_track: int | None = option(None, "which sound track of a video, counted from 1; the default one")
+    batch_size: int | None = option(None, "windows, of all files, decoded together; None is one after the other")
+    multilingual: bool = option(False, "find out the language of each window, not just the first")
+    vad_filter: bool = option(False, "leave out what holds no voice (better with silero-vad)")
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
     @classmethod

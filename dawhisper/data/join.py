@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.errors import DataError, OptionError
 from dawhisper.files import writable_folder
+from dawhisper.options import option
 
 from .loader import with_durations
 from .manifest import (
@@ -44,12 +45,14 @@ class JoinOptions:
     seconds: shortest and longest window; pause: shortest and longest silence between two clips, in seconds.
     """
 
-    manifests: Sequence[str]
-    out: str
-    seconds: tuple[float, float] = (12.0, 29.0)
-    pause: tuple[float, float] = (0.1, 0.8)
-    seed: int = 0
-    workers: int | None = None
+    manifests: Sequence[str] = option(
+        help="clips with text, or labelled by dawhisper prepare", positional=True, metavar="MANIFEST"
+    )
+    out: str = option(help="folder for the windows and manifest.jsonl", metavar="DIR")
+    seconds: tuple[float, float] = option((12.0, 29.0), "length of a window", metavar=("MIN", "MAX"))
+    pause: tuple[float, float] = option((0.1, 0.8), "seconds between two clips", metavar=("MIN", "MAX"))
+    seed: int = option(0, "of the lengths and pauses")
+    workers: int | None = option(None, "processes; as many as there are cores by default")
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("seconds", self.seconds), ("pause", self.pause)):
@@ -58,7 +61,7 @@ class JoinOptions:
                 raise OptionError(f"--{name} is {rule}, not {low} {high}")
 
 
-def run(options: JoinOptions) -> str:
+def join(options: JoinOptions) -> str:
     """Write the windows; returns what was written. DataError where no clips can be joined."""
     report = Report()
     utterances = with_durations([u for path in options.manifests for u in read_manifest(path, report)])

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.errors import DataError, OptionError
 from dawhisper.files import AUDIO_SUFFIXES, audio_files, write_lines
+from dawhisper.options import option
 
 from .manifest import (
     MAX_SECONDS,
@@ -53,24 +54,30 @@ ONLY_SPLIT = "manifest"  # the name of the one manifest where nothing is split
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of `prepare`; the command line has them under the same names."""
+    """What `dawhisper prepare` reads, checks and writes; `progress`: show bars."""
 
-    source: str
-    out: str
-    kind: str = "speech"  # "speech", "noise" or "rir"
-    format: str | None = None  # one of FORMATS; None = found out
-    language: str | None = None  # where the source does not tell it
-    split: tuple[float, float, float] | None = None  # shares of train, dev, test; None: see `_wanted_split`
-    untranscribed: bool = False  # keep speech without text (for label-free training)
-    min_seconds: float | None = None  # default 0.3; for impulse responses 0.01
-    max_seconds: float | None = None  # default 30; for noise and impulse responses an hour
-    workers: int | None = None  # processes; default: the machine's cores
-    shard: int = 0  # items of a tar shard; 0 = no shards, the manifest names the files
-    shard_codec: str = "opus"
-    shard_bitrate: int = 32000  # of Opus, bits per second
-    label_with: str | None = None  # a Whisper checkpoint that writes teacher_text
-    device: str | None = None  # of the labelling model
-    batch_size: int = 16  # of the labelling model
+    source: str = option(help="folder, .jsonl, .tar, .csv or .tsv", positional=True, metavar="SOURCE")
+    out: str = option(help="folder for the manifests", metavar="DIR")
+    kind: str = option("speech", "what the recordings are", choices=["speech", "noise", "rir"])
+    format: str | None = option(
+        None, "librispeech, commonvoice, fleurs, ljspeech, folder, table or manifest; found out by default"
+    )
+    language: str | None = option(None, "of the speech, where the source does not tell it")
+    split: tuple[float, float, float] | None = option(
+        None,
+        "shares by speaker, 0.9 0.05 0.05 for speech; the release's own splits, if it has any, unless given",
+        metavar=("TRAIN", "DEV", "TEST"),
+    )
+    untranscribed: bool = option(False, "keep speech without text, for label-free training", flag=True)
+    min_seconds: float | None = option(None, "drop what is shorter (0.3; impulse responses 0.01)")
+    max_seconds: float | None = option(None, "drop what is longer (30; noise and impulse responses an hour)")
+    workers: int | None = option(None, "processes; as many as there are cores by default")
+    shard: int = option(0, "pack N clips each into tar shards; 0 leaves the files alone", metavar="N")
+    shard_codec: str = option("opus", "16 kHz mono; flac decodes 5x faster", choices=["opus", "flac"])
+    shard_bitrate: int = option(32000, "of Opus, bits per second")
+    label_with: str | None = option(None, "write what this Whisper hears as teacher_text", metavar="MODEL")
+    device: str | None = option(None, "of that model: cuda or cpu; the best there is by default")
+    batch_size: int = option(16, "of that model")
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """`dawhisper evaluate`: word errors of several models on the same seeded mixtures, by noise and SNR.
 
->>> from dawhisper.evaluation.run import EvaluateOptions, run
->>> results = run(EvaluateOptions(["test/manifest.jsonl"], models=["base", "mine.safetensors"], noise=["noise/"]))
+>>> from dawhisper.evaluation.run import EvaluateOptions, evaluate
+>>> results = evaluate(EvaluateOptions(["test/manifest.jsonl"], models=["base", "mine.safetensors"], noise=["noise/"]))
 
 Hypotheses are appended to OUT/hypotheses*.jsonl as they come; a rerun decodes only what is missing there. Under
 torchrun the batches are dealt out to the ranks; they are the same batches, so the results are those of one process.
@@ -25,17 +25,19 @@ from tqdm import tqdm
 from whisper.tokenizer import LANGUAGES
 
 from dawhisper.audio import N_SAMPLES, SAMPLE_RATE
+from dawhisper.checkpoint import OWN_MODEL
 from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
+from dawhisper.options import option
 from dawhisper.window import mel_batch
 
 from . import metrics
 from . import recognizers as backends
 from . import tables as report
-from .conditions import DEFAULT_KINDS, DEFAULT_SNRS, Condition, Item, Mixer, conditions, read_items, write_wav
+from .conditions import DEFAULT_KINDS, DEFAULT_SNRS, KINDS, Condition, Item, Mixer, conditions, read_items, write_wav
 from .gates import GateReading, read_gates, summarize
 from .recognizers import DTYPES, Decoding, ModelSpec, Ours, Recognizer
 from .scores import Hypothesis, Scorer
@@ -45,9 +47,9 @@ from .scores import Hypothesis, Scorer
 class EvaluateOptions:
     """What to measure, and how.
 
-    manifests: JSON lines with "audio" and "text". models: see `backends`; the first one is the baseline.
+    manifests: JSON lines with "audio" and "text". models: see recognizers.py; the first one is the baseline.
     noise, rirs: folders or manifests of recordings for the kinds real and noise-only, and of room impulse responses.
-    kinds, snrs: see `mixtures`; snrs in dB; no kinds: clean white babble real reverb noise-only, but not
+    kinds, snrs: see conditions.py; snrs in dB; no kinds: clean white babble real reverb noise-only, but not
         real where there is no noise. out: folder of the results.
     limit: only the first utterances of each manifest (babble is still made of all of them).
     language: of all utterances; None takes each one's from the manifest; with "auto" the models detect it, and the
@@ -59,26 +61,36 @@ class EvaluateOptions:
     gates: measure the gate and attention of dual models too. plots: draw PNGs, if matplotlib is installed.
     """
 
-    manifests: Sequence[str]
-    models: Sequence[str]
-    noise: Sequence[str] = ()
-    rirs: Sequence[str] = ()
-    kinds: Sequence[str] = ()
-    snrs: Sequence[float] = DEFAULT_SNRS
-    out: str = "evaluation"
-    seed: int = 0
-    limit: int | None = None
-    batch_size: int = 16
-    beam_size: int | None = None
-    fallback: bool = False
-    language: str | None = None
-    dtype: str | None = None
-    device: str = "auto"
-    normalizer: str = "auto"
-    bootstrap_samples: int = 10_000
-    write_audio: str | None = None
-    gates: bool = True
-    plots: bool = True
+    manifests: Sequence[str] = option(
+        help="JSON lines with audio and text; or a folder with one", positional=True, metavar="MANIFEST"
+    )
+    models: Sequence[str] = option(
+        (OWN_MODEL,),
+        "name or path; openai:NAME_OR_PATH, faster:NAME_OR_PATH, hf:FOLDER for other packages; LABEL=... to label it; "
+        f"once for each model, the first one is what others are compared with; {OWN_MODEL} by default",
+        name="model",
+        append=True,
+    )
+    noise: Sequence[str] = option((), "recordings of noise, for the kinds real and noise-only", metavar="DIR")
+    rirs: Sequence[str] = option((), "room impulse responses for reverb; made up by default", name="rir", metavar="DIR")
+    kinds: Sequence[str] = option((), f"{' '.join(KINDS)}; all but pink and brown by default", metavar="KIND")
+    snrs: Sequence[float] = option(DEFAULT_SNRS, "of the noise", name="snr", metavar="DB")
+    out: str = option("evaluation", "folder for the results", metavar="DIR")
+    seed: int = option(0, "of the mixtures and the bootstrap")
+    limit: int | None = option(None, "only the first N utterances of each manifest", metavar="N")
+    batch_size: int = option(16, "utterances decoded together")
+    beam_size: int | None = option(None, "beams; greedy by default")
+    fallback: bool = option(False, "decode as transcribe does, with temperature fallback, one at a time", flag=True)
+    language: str | None = option(None, "of all utterances; auto detects it; the manifest's by default")
+    dtype: str | None = option(
+        None, "fp16 on a GPU and fp32 elsewhere by default", choices=["fp32", "fp16", "bf16", "int8"]
+    )
+    device: str = option("auto", "cpu, cuda or cuda:N; auto is a GPU if there is one")
+    normalizer: str = option("auto", "auto: by language", choices=["auto", "english", "basic", "none"])
+    bootstrap_samples: int = option(10_000, "of every interval and test", metavar="N")
+    write_audio: str | None = option(None, "write the mixtures there as WAV, to listen to", metavar="DIR")
+    gates: bool = option(True, "leave out the gate and attention of dual models", flag=True)
+    plots: bool = option(True, "leave out the PNGs", flag=True)
 
     def __post_init__(self) -> None:
         if not self.manifests:
@@ -97,7 +109,7 @@ class EvaluateOptions:
             object.__setattr__(self, "kinds", tuple(made))
 
 
-def run(options: EvaluateOptions) -> report.Results | None:
+def evaluate(options: EvaluateOptions) -> report.Results | None:
     """Measure, write the results to `options.out` and return them (on the first rank; None on others).
 
     Raises a DawhisperError for models, manifests, recordings and options that can't be used, before decoding starts

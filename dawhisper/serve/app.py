@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -45,8 +46,10 @@ from whisper.tokenizer import LANGUAGES
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.checkpoint import OWN_MODEL, load_model
 from dawhisper.decoding import asked_language
+from dawhisper.device import DEVICE_HELP, THREADS_HELP
 from dawhisper.errors import AudioError, DawhisperError, OptionError
 from dawhisper.model import Whisper
+from dawhisper.options import option
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription
 from dawhisper.writers import WRITERS
 
@@ -75,19 +78,23 @@ class ServerOptions:
     first byte to its answer. api_key: what clients must send; None for all.
     """
 
-    models: tuple[str, ...] = (OWN_MODEL,)
-    host: str = "127.0.0.1"
-    port: int = 8000
-    device: str | None = None
-    threads: int = 0
-    api_key: str | None = None
-    batch_size: int = 8
-    max_queue: int = 64
-    max_live: int = 4
-    max_upload: float = 100.0
-    max_audio: float = 7200.0
-    upload_timeout: float = 300.0
-    timeout: float = 600.0
+    models: tuple[str, ...] = option(
+        (OWN_MODEL,), f"name, path or NAME=PATH, once a model; {OWN_MODEL} by default", name="model", append=True
+    )
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all, which needs --api_key to be safe")
+    port: int = option(8000, "0 takes a free one")
+    device: str | None = option(None, DEVICE_HELP)
+    threads: int = option(0, THREADS_HELP)
+    api_key: str | None = option(
+        None, "what clients must send; $DAWHISPER_API_KEY by default, which other users can't see"
+    )
+    batch_size: int = option(8, "short clips of different requests decoded together")
+    max_queue: int = option(64, "requests waiting or running; more are refused with 429")
+    max_live: int = option(4, "live streams at once")
+    max_upload: float = option(100.0, "MB of a request; more is refused with 413")
+    max_audio: float = option(7200.0, "seconds of a recording")
+    upload_timeout: float = option(300.0, "seconds for an upload to come; slower ones get 408")
+    timeout: float = option(600.0, "seconds of a request")
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "max_queue", "max_live", "max_upload", "max_audio", "upload_timeout", "timeout")
@@ -742,6 +749,7 @@ class Server(uvicorn.Server):
 
 def serve(options: ServerOptions) -> None:
     """Load the models and serve until SIGTERM or Ctrl-C; requests that run then are finished first."""
+    options = replace(options, api_key=options.api_key or os.environ.get("DAWHISPER_API_KEY") or None)
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed request

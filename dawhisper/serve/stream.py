@@ -31,10 +31,12 @@ from whisper.timing import WordTiming, merge_punctuations
 
 from dawhisper import vad
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import load_model
+from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, DecodingResult, asked_language, decode_windows, model_tokenizer
+from dawhisper.device import DEVICE_HELP, THREADS_HELP
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, Whisper
+from dawhisper.options import option
 from dawhisper.timing import SENTENCE_END, Word, find_alignment, token_gates
 from dawhisper.transcribe_files import usable_language
 from dawhisper.transcription import Segment, TranscribeOptions, printable
@@ -58,14 +60,14 @@ class StreamOptions:
     longest: seconds of audio that are decoded again; what is before them is final. gates: words carry the gate.
     """
 
-    language: str | None = None
-    task: str = "transcribe"
-    initial_prompt: str | None = None
-    policy: str = "attention"
-    step: float = 1.0
-    margin: float = 0.5
-    silence: float = 0.8
-    longest: float = 15.0
+    language: str | None = option(None, "language spoken, by code or English name; found out by default")
+    task: str = option("transcribe", "translate means into English", choices=["transcribe", "translate"])
+    initial_prompt: str | None = option(None, "text before the first word: names, spelling, style")
+    policy: str = option("attention", "when a word is final", choices=["attention", "agreement"])
+    step: float = option(1.0, "seconds of new audio between two decodings")
+    margin: float = option(0.5, "of the policy attention: seconds that must follow a final word")
+    silence: float = option(0.8, "seconds of pause that end a turn")
+    longest: float = option(15.0, "seconds of audio that are decoded again")
     gates: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +79,18 @@ class StreamOptions:
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} lies between {low} and {high} seconds, not {getattr(self, name)}")
         object.__setattr__(self, "language", asked_language(self.language))
+
+
+@dataclass(frozen=True)
+class ListenOptions(StreamOptions):
+    """What `dawhisper stream` hears, with which model, and how it tells."""
+
+    source: str = option("mic", "mic, or - for standard input", name="input")
+    input_device: str | None = option(None, "which microphone: number or name; the system's by default")
+    model: str = option(OWN_MODEL, MODEL_HELP)
+    device: str | None = option(None, DEVICE_HELP)
+    threads: int = option(0, THREADS_HELP)
+    as_json: bool = option(False, "a JSON object for each update: words, segments", name="json", flag=True)
 
 
 @dataclass(frozen=True)
@@ -410,24 +424,16 @@ def _record(sounddevice: Any, device: str | None) -> Iterator[np.ndarray]:
         raise AudioError(error)
 
 
-def stream(
-    model_name: str,
-    *,
-    source: str,
-    input_device: str | None,
-    device: str | None,
-    threads: int,
-    as_json: bool,
-    options: StreamOptions,
-) -> None:
+def stream(options: ListenOptions) -> None:
     """`dawhisper stream`: print what is heard, by segment or as JSON lines, until the source ends or on Ctrl-C."""
-    if threads:
-        torch.set_num_threads(threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    source, as_json = options.source, options.as_json
     if source not in ("-", "mic"):
         raise OptionError(f"--input is mic or - (standard input), not {source!r}; for files: dawhisper transcribe")
-    pieces = read_microphone(input_device) if source == "mic" else read_pcm(sys.stdin.buffer, options.step)
-    model = load_model(model_name, device)
-    options = replace(options, language=usable_language(model, model_name, options.language))
+    pieces = read_microphone(options.input_device) if source == "mic" else read_pcm(sys.stdin.buffer, options.step)
+    model = load_model(options.model, options.device)
+    options = replace(options, language=usable_language(model, options.model, options.language))
     heard = Stream(model, options)
     if source == "mic":
         print("Listening; Ctrl-C ends it.", file=sys.stderr)

@@ -13,6 +13,7 @@ from dawhisper.errors import OptionError
 from dawhisper.files import writable_folder
 from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import Whisper
+from dawhisper.options import option
 
 RANDOM_START = ("gate", "noise_embed", "noise_scale")
 
@@ -21,8 +22,8 @@ RANDOM_START = ("gate", "noise_embed", "noise_scale")
 class AverageOptions:
     """models: dawhisper files of runs from the same start; out: the averaged file (.safetensors, fp16)."""
 
-    models: Sequence[str]
-    out: str
+    models: Sequence[str] = option(help="dawhisper .safetensors files of the runs", positional=True, metavar="FILE")
+    out: str = option(help="the averaged file, .safetensors", metavar="FILE")
 
     def __post_init__(self) -> None:
         if len(self.models) < 2:
@@ -31,7 +32,7 @@ class AverageOptions:
             raise OptionError(f"--out names the averaged file, such as average.safetensors, not {self.out!r}")
 
 
-def run(options: AverageOptions) -> str:
+def average_files(options: AverageOptions) -> str:
     """Write the averaged file; returns what was written. DawhisperError for bad input."""
     out = Path(options.out)
     writable_folder(out.parent)

@@ -25,13 +25,16 @@ import torch
 
 from dawhisper.audio import N_SAMPLES, SAMPLE_RATE, load_audio, log_mel_spectrogram
 from dawhisper.batched import BatchedRecording, iter_batched
+from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL
 from dawhisper.data.manifest import decode_audio, read_manifest
 from dawhisper.decoding import DecodingOptions, decode, initial_tokens, model_tokenizer
+from dawhisper.device import DEVICE_HELP, THREADS_HELP
 from dawhisper.errors import OptionError, near_names
 from dawhisper.evaluation.metrics import count_words, error_rate, normalizer
 from dawhisper.evaluation.recognizers import Decoding, Faster, HuggingFace, ModelSpec, Ours, check_models, load
 from dawhisper.formats.huggingface import to_ctranslate2, to_transformers
 from dawhisper.model import Whisper
+from dawhisper.options import option
 from dawhisper.timing import Word
 from dawhisper.training.flops import forward_flops
 from dawhisper.transcribe import transcribe_lazily
@@ -54,22 +57,32 @@ class BenchOptions:
     converted: folder for the model in the peers' formats, kept for the next run.
     """
 
-    recordings: Sequence[str] = ()
-    long: Sequence[str] = ()
-    model: str = "base"
-    against: Sequence[str] = ()
-    limit: int = 0
-    repeat: int = 1
-    batch_size: int | None = None
-    beam_size: int | None = None
-    word_timestamps: bool = False
-    language: str | None = "en"
-    dtype: str | None = None
-    device: str | None = None
-    threads: int = 0
-    converted: str = "~/.cache/dawhisper/converted"
-    markdown: str | None = None
-    json: str | None = None
+    recordings: Sequence[str] = option(
+        (), "manifests (JSON lines or their folder) or sound files", positional=True, metavar="RECORDING"
+    )
+    long: Sequence[str] = option(
+        (), "the same, in batches of windows; 16 unless --batch_size is given", metavar="RECORDING"
+    )
+    model: str = option(OWN_MODEL, MODEL_HELP)
+    against: Sequence[str] = option(
+        (), "openai-whisper faster-whisper transformers; NAME:int8 for a type", metavar="PEER"
+    )
+    limit: int = option(0, "recordings of each manifest; 0 is all", metavar="N")
+    repeat: int = option(1, "rounds of which the fastest counts", metavar="N")
+    batch_size: int | None = option(None, "windows decoded together; one recording at a time by default")
+    beam_size: int | None = option(None, "beams; greedy by default")
+    word_timestamps: bool = option(False, "times for each word")
+    language: str | None = option("en", "spoken language; None detects it")
+    dtype: str | None = option(
+        None, "of dawhisper: fp32, fp16, bf16 and what load_model takes; fp16 on a GPU, fp32 elsewhere"
+    )
+    device: str | None = option(None, DEVICE_HELP)
+    threads: int = option(0, THREADS_HELP)
+    converted: str = option(
+        "~/.cache/dawhisper/converted", "where the peers' formats of the model are kept", metavar="DIR"
+    )
+    markdown: str | None = option(None, "write the tables there", metavar="FILE")
+    json: str | None = option(None, "write all of it there", metavar="FILE")
 
 
 @dataclass(frozen=True)

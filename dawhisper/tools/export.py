@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import load_model
+from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, decode_windows
 from dawhisper.errors import OptionError
 from dawhisper.files import writable_folder
 from dawhisper.formats.dawhisper import quantize_rows
 from dawhisper.formats.onnx import CONFIG, FORMAT_VERSION, cross_names, load_onnx
 from dawhisper.model import CrossMemory, Whisper, merge
+from dawhisper.options import option
 
 FORMATS = ("onnx", "torch")
 DTYPES = ("fp32", "fp16", "int8")
@@ -51,11 +52,11 @@ class ExportOptions:
     check: recordings on which the exported graphs must give the tokens of the PyTorch model (ONNX only).
     """
 
-    model: str
-    out: str
-    format: str = "onnx"
-    dtype: str = "fp32"
-    check: Sequence[str] = ()
+    out: str = option(help="folder for the graphs and config.json", metavar="DIR")
+    model: str = option(OWN_MODEL, MODEL_HELP)
+    format: str = option("onnx", "of the graphs", choices=FORMATS)
+    dtype: str = option("fp32", "of the weights; int8 for ONNX only", choices=DTYPES)
+    check: Sequence[str] = option((), "recordings to compare the tokens with PyTorch's on", metavar="FILE")
 
     def __post_init__(self) -> None:
         for name, known in (("format", FORMATS), ("dtype", DTYPES)):
@@ -65,7 +66,7 @@ class ExportOptions:
             raise OptionError("int8 and check are for --format onnx")
 
 
-def run(options: ExportOptions) -> str:
+def export_files(options: ExportOptions) -> str:
     """Export, check, and tell in a few lines what is there. DawhisperError for what can't be exported."""
     out = Path(options.out)
     writable_folder(out)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import OWN_MODEL, load_model, read_config
+from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model, read_config
 from dawhisper.decoding import DecodingOptions, decode_windows, initial_tokens, model_tokenizer
 from dawhisper.errors import OptionError
 from dawhisper.files import writable_folder
 from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import Whisper
+from dawhisper.options import option
 
 WORST = 8  # layers named in the report; the CSV has all
 
@@ -35,14 +36,14 @@ class QuantizeOptions:
     manifests, noise, kinds, snrs, limit: as of `dawhisper evaluate`: word errors before and after, in OUT.evaluation.
     """
 
-    model: str
-    out: str
-    audio: Sequence[str] = ()
-    manifests: Sequence[str] = ()
-    noise: Sequence[str] = ()
-    kinds: Sequence[str] = ()
-    snrs: Sequence[float] = ()
-    limit: int | None = None
+    out: str = option(help="the int8 file, .safetensors", metavar="FILE")
+    model: str = option(OWN_MODEL, MODEL_HELP)
+    audio: Sequence[str] = option((), "recordings to compare the layers' outputs on", metavar="FILE")
+    manifests: Sequence[str] = option((), "JSON lines with audio and text", name="manifest", metavar="MANIFEST")
+    noise: Sequence[str] = option((), "recordings of noise, for the kind real", metavar="DIR")
+    kinds: Sequence[str] = option((), "of noise, as of evaluate", metavar="KIND")
+    snrs: Sequence[float] = option((), "20 10 5 0 -5 by default", name="snr", metavar="DB")
+    limit: int | None = option(None, "only the first N utterances of each manifest", metavar="N")
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".safetensors"):
@@ -63,7 +64,7 @@ class LayerError:
     output: float
 
 
-def run(options: QuantizeOptions) -> str:
+def quantize_file(options: QuantizeOptions) -> str:
     """Write the file and what was asked to be measured; returns the report. DawhisperError for bad input."""
     out = Path(options.out)
     writable_folder(out.parent)
@@ -171,15 +172,15 @@ def write_errors(errors: Sequence[LayerError], path: Path) -> None:
 def measure(options: QuantizeOptions, out: Path) -> str:
     """Word errors in noise of the model and of the int8 file: `dawhisper evaluate` of the two."""
     try:
-        from dawhisper.evaluation import run as evaluate
+        from dawhisper.evaluation.run import EvaluateOptions, evaluate
     except ModuleNotFoundError as e:
         raise OptionError(f"word errors need {e.name}: pip install 'dawhisper[evaluate]'") from e
 
     folder = out.with_suffix(".evaluation")
     models = [f"float={options.model}", f"int8={out}"]
     chosen = {"snrs": options.snrs} if options.snrs else {}
-    evaluate.run(
-        evaluate.EvaluateOptions(
+    evaluate(
+        EvaluateOptions(
             manifests=options.manifests,
             models=models,
             noise=options.noise,

@@ -24,12 +24,14 @@ from whisper.timing import merge_punctuations
 from whisper.tokenizer import Tokenizer
 
 from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import OWN_MODEL, load_model
+from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
+from dawhisper.device import DEVICE_HELP
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.files import writable_folder
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.noise.mixing import add_noise
+from dawhisper.options import option
 from dawhisper.timing import Word, find_alignment
 from dawhisper.trace import Trace
 from dawhisper.training.losses import noise_dominance
@@ -51,18 +53,24 @@ class VisualizeOptions:
     layers: decoder layers whose attention is averaged; None: the upper half, where words are followed best.
     """
 
-    audio: str
-    model: str = OWN_MODEL
-    clean: str | None = None
-    noise: str | None = None
-    snr: float = 0.0
-    start: float = 0.0
-    text: str | None = None
-    language: str | None = None
-    layers: Sequence[int] | None = None
-    device: str | None = None
-    output_dir: str = "."
-    output_format: str = "all"
+    audio: str = option(help="audio or video file; up to 30 s of it are shown", positional=True, metavar="AUDIO")
+    model: str = option(OWN_MODEL, MODEL_HELP)
+    clean: str | None = option(
+        None, "the same recording without its noise: shows both, and where the noise was", metavar="FILE"
+    )
+    noise: str | None = option(
+        None, "a recording of noise to mix into AUDIO: shows it without and with the noise", metavar="FILE"
+    )
+    snr: float = option(0.0, "of that mixture", metavar="DB")
+    start: float = option(0.0, "where to begin", metavar="SECONDS")
+    text: str | None = option(None, "what the model is made to write; by default what it hears")
+    language: str | None = option(None, "language spoken, by code or English name; None detects it")
+    layers: Sequence[int] | None = option(
+        None, "decoder layers whose attention is averaged; the upper half", metavar="N"
+    )
+    device: str | None = option(None, DEVICE_HELP)
+    output_dir: str = option(".", "folder for the outputs", short="-o")
+    output_format: str = option("all", "what is written", short="-f", choices=[*FORMATS, "all"])
 
     def __post_init__(self) -> None:
         if self.clean and self.noise:

@@ -21,12 +21,12 @@ import torch
 from dawhisper.checkpoint import load_model
 from dawhisper.errors import CheckpointError, DataError, OptionError
 from dawhisper.evaluation import metrics
-from dawhisper.evaluation import run as evaluate
+from dawhisper.evaluation import run as module
 from dawhisper.evaluation import tables as report
 from dawhisper.evaluation.conditions import Condition, Item, Mixer, conditions, read_items, write_wav
 from dawhisper.evaluation.gates import noise_dominated, read_gates, summarize
 from dawhisper.evaluation.recognizers import ModelSpec, check_models, parse_models
-from dawhisper.evaluation.run import EvaluateOptions, plan, read_hypotheses, run
+from dawhisper.evaluation.run import EvaluateOptions, evaluate, plan, read_hypotheses
 from dawhisper.evaluation.scores import Hypothesis, Scorer
 from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
@@ -92,7 +92,7 @@ def options(data: Path, out: Path, **changes: Any) -> EvaluateOptions:
 @pytest.fixture(scope="module")
 def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Results, Path]:
     out = tmp_path_factory.mktemp("out")
-    found = run(options(data, out))
+    found = evaluate(options(data, out))
     assert found is not None
     return found, out
 
@@ -200,7 +200,7 @@ def test_mixtures_are_the_same_beside_a_gpu(data: Path) -> None:
 
 
 def test_written_audio_is_the_mixture(data: Path, tmp_path: Path) -> None:
-    run(
+    evaluate(
         options(
             data, tmp_path / "out", kinds=["real"], snrs=[0], limit=1, write_audio=str(tmp_path / "wav"), gates=False
         )
@@ -239,37 +239,37 @@ def test_bad_manifests(data: Path, tmp_path: Path) -> None:
         read_items([tmp_path / "none.jsonl"])
     only_noise = manifest(tmp_path, {"audio": audio, "text": "[music]"})
     with pytest.raises(DataError, match="no reference has a word left"):
-        run(options(data, tmp_path, manifests=[only_noise], kinds=["clean"]))
+        evaluate(options(data, tmp_path, manifests=[only_noise], kinds=["clean"]))
 
 
 def test_bad_noise(data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="--noise: no readable audio"):
-        run(options(data, tmp_path, noise=[str(tmp_path / "empty")]))
+        evaluate(options(data, tmp_path, noise=[str(tmp_path / "empty")]))
     with pytest.raises(DataError, match="--noise: no such file or folder"):
-        run(options(data, tmp_path, noise=[str(tmp_path / "gone")]))
+        evaluate(options(data, tmp_path, noise=[str(tmp_path / "gone")]))
     shutil.copy(data / "noise/0.wav", tmp_path / "empty")
     (tmp_path / "empty/bad.wav").write_bytes(b"RIFF")
     single = [str(data / "single.safetensors")]
     with pytest.warns(match=r"--noise: unreadable recordings left out: 1, such as .*bad\.wav"):
-        run(options(data, tmp_path, noise=[str(tmp_path / "empty")], models=single, kinds=["noise-only"], limit=1))
+        evaluate(options(data, tmp_path, noise=[str(tmp_path / "empty")], models=single, kinds=["noise-only"], limit=1))
     with pytest.raises(OptionError, match="give --noise DIR"):
-        run(options(data, tmp_path, noise=[], kinds=["real"]))
+        evaluate(options(data, tmp_path, noise=[], kinds=["real"]))
     alone = manifest(tmp_path, {"audio": str(data / "set0/0.wav"), "text": "hello"})
     with pytest.raises(OptionError, match="babble needs other utterances"):
-        run(options(data, tmp_path, manifests=[alone], kinds=["babble"]))
+        evaluate(options(data, tmp_path, manifests=[alone], kinds=["babble"]))
     assert "real" not in options(data, tmp_path, noise=[], kinds=[]).kinds
 
 
 def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="did you mean base"):
-        run(options(data, tmp_path, models=["bsae"]))
+        evaluate(options(data, tmp_path, models=["bsae"]))
     with pytest.raises(CheckpointError, match="no such file"):
-        run(options(data, tmp_path, models=[str(data / "single.safetensors"), str(tmp_path / "gone.pt")]))
+        evaluate(options(data, tmp_path, models=[str(data / "single.safetensors"), str(tmp_path / "gone.pt")]))
     with pytest.raises(OptionError, match=r"unknown back end 'opnai'; .*; did you mean openai"):
         parse_models(["opnai:base"])
     with pytest.raises(OptionError, match="openai-whisper has no bf16"):
-        run(options(data, tmp_path, models=[f"openai:{data / 'single.safetensors'}"], dtype="bf16"))
+        evaluate(options(data, tmp_path, models=[f"openai:{data / 'single.safetensors'}"], dtype="bf16"))
     find_spec = "dawhisper.evaluation.recognizers.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: name)  # as if all were installed
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -408,7 +408,7 @@ def test_no_matplotlib_is_a_note(
 def test_batch_size_and_order_do_not_matter(data: Path, tmp_path: Path, results: tuple[report.Results, Path]) -> None:
     changes = {"kinds": ["noise-only", "real", "babble"], "snrs": [0.0], "batch_size": 1, "gates": False}
     turned = [str(data / "set1/manifest.jsonl"), str(data / "set0/manifest.jsonl")]
-    again = run(options(data, tmp_path, manifests=turned, models=[str(data / "single.safetensors")], **changes))
+    again = evaluate(options(data, tmp_path, manifests=turned, models=[str(data / "single.safetensors")], **changes))
     assert again is not None
     before = {
         (s.hypothesis.condition, s.item.id): s.hypothesis.text
@@ -423,26 +423,26 @@ def test_a_rerun_continues(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     chosen = options(
         data, tmp_path, kinds=["clean", "white"], snrs=[0], gates=False, models=[str(data / "single.safetensors")]
     )
-    first = run(chosen)
+    first = evaluate(chosen)
     path = tmp_path / "hypotheses.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True)
     assert len(lines) == 8
     path.write_text("".join(lines[:5]) + lines[5][:40], "utf-8")  # stopped in the middle of a line
     decoded: list[int] = []
-    real = evaluate._decode
-    monkeypatch.setattr(evaluate, "_decode", lambda *a: decoded.append(len(a[3])) or real(*a))  # type: ignore[func-returns-value]
-    second = run(chosen)
+    real = module._decode
+    monkeypatch.setattr(module, "_decode", lambda *a: decoded.append(len(a[3])) or real(*a))  # type: ignore[func-returns-value]
+    second = evaluate(chosen)
     assert first is not None and second is not None
     assert sum(decoded) == 3
     assert [s.text for s in first.scored] == [s.text for s in second.scored]
     assert len(read_hypotheses(tmp_path)) == 8
     decoded.clear()
-    run(replace(chosen, bootstrap_samples=100, normalizer="basic"))  # scoring again decodes nothing
+    evaluate(replace(chosen, bootstrap_samples=100, normalizer="basic"))  # scoring again decodes nothing
     assert decoded == []
-    run(replace(chosen, seed=1))  # other noise, the same clean speech
+    evaluate(replace(chosen, seed=1))  # other noise, the same clean speech
     assert sum(decoded) == 4
     decoded.clear()
-    run(replace(chosen, models=[str(data / "dual.safetensors")]))
+    evaluate(replace(chosen, models=[str(data / "dual.safetensors")]))
     assert sum(decoded) == 8
 
 
@@ -450,9 +450,9 @@ def test_out_of_memory_is_said_with_a_way_out(data: Path, tmp_path: Path, monkey
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluate, "_decode", full)
+    monkeypatch.setattr(module, "_decode", full)
     with pytest.raises(OptionError, match="out of memory with batches of 3: lower --batch-size"):
-        run(options(data, tmp_path, kinds=["clean"]))
+        evaluate(options(data, tmp_path, kinds=["clean"]))
 
 
 def test_a_model_that_changed_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
@@ -496,7 +496,9 @@ def test_languages(data: Path, tmp_path: Path) -> None:
     ]
     assert list(Scorer(items, []).references.values()) == ["the color"] * 2 + ["the colour"] * 3
     single = [str(data / "single.safetensors")]
-    found = run(options(data, tmp_path / "o", manifests=[path], models=single, kinds=["clean"], language="English"))
+    found = evaluate(
+        options(data, tmp_path / "o", manifests=[path], models=single, kinds=["clean"], language="English")
+    )
     assert found is not None
     assert {(s.item.utterance.language, s.reference) for s in found.scored} == {("en", "the color")}
 
@@ -504,7 +506,7 @@ def test_languages(data: Path, tmp_path: Path) -> None:
 def test_long_recordings_go_through_transcribe(data: Path, tmp_path: Path) -> None:
     write_wav(tmp_path / "long.wav", speech_like(np.random.default_rng(1), 31.0))
     long = manifest(tmp_path, {"audio": "long.wav", "text": "hello there", "language": "en"})
-    found = run(
+    found = evaluate(
         options(data, tmp_path / "o", manifests=[long], kinds=["clean"], models=[str(data / "single.safetensors")])
     )
     assert found is not None and found.scored[0].hypothesis.seconds == pytest.approx(31.0)
@@ -624,7 +626,7 @@ def test_gates_in_the_results(results: tuple[report.Results, Path]) -> None:
 def test_openai_back_end_hears_the_same(tiny_en_path: Path, data: Path, tmp_path: Path) -> None:
     """Noise is where a difference would show: openai-whisper and our code write the same words."""
     models = [str(tiny_en_path), f"openai:{tiny_en_path}"]
-    found = run(options(data, tmp_path, models=models, kinds=["real", "noise-only"], snrs=[0], limit=1))
+    found = evaluate(options(data, tmp_path, models=models, kinds=["real", "noise-only"], snrs=[0], limit=1))
     assert found is not None
     texts = [[s.hypothesis.text for s in found.scored if s.hypothesis.model == model] for model in found.models]
     assert texts[0] == texts[1] and any(texts[0])
