@@ -1,6 +1,6 @@
 """A model in every form that it can be shipped in, on the CPU: size, speed, and word errors in noise.
 
-    python benchmarks/formats.py MODEL MANIFEST --noise DIR --limit 100 --out benchmarks/NAME.md
+    python benchmarks/formats.py MODEL MANIFEST --noise DIR --limit 100 --out docs/log/NAME.md
 
 PyTorch in fp32, the int8 file, and ONNX in fp32, fp16 and int8 hear the same mixtures, one at a time.
 The exported files stay in --work, and what is decoded there too: stopped, it goes on where it was.

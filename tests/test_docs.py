@@ -91,7 +91,7 @@ def test_the_lock_has_every_package_that_the_project_names() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for path in DOCUMENTS:
+    for path in [*DOCUMENTS, *ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *(ROOT / "docs" / "log").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text("utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
