@@ -123,6 +123,8 @@ def test_a_command_without_its_extra_says_what_to_install(tiny: Path, tmp_path: 
         "train": "train",
     }
     said = re.findall(
-        r"^(\w+)\n(?:dawhisper|train): error: .*pip install 'dawhisper\[(\w+)\]'", done.stderr, re.MULTILINE
+        r"^(\w+)\n(?:dawhisper: warning: .*\n)*(?:dawhisper|train): error: .*pip install 'dawhisper\[(\w+)\]'",
+        done.stderr,
+        re.MULTILINE,
     )
     assert dict(said) == wanted, done.stderr
