@@ -38,7 +38,7 @@ class Command:
 COMMANDS = (
     Command("transcribe", "transcribe_files", "FilesOptions", "transcribe_files", "turn recordings into text"),
     Command(
-        *("stream", "serve.stream", "ListenOptions", "stream", "turn live audio into text"),
+        *("stream", "serve.listen", "ListenOptions", "stream", "turn live audio into text"),
         "Hears the microphone, or s16le 16 kHz mono samples on standard input, and prints text as soon as it is final. "
         "Ctrl-C ends it.",
     ),

@@ -53,7 +53,8 @@ from dawhisper.options import option
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription
 from dawhisper.writers import WRITERS
 
-from .stream import Stream, StreamOptions, Update, as_dict, pcm_samples
+from .sources import pcm_samples
+from .stream import Stream, StreamOptions, Update, as_dict
 from .worker import Clip, Engine, QueueFull, Stopped
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")

@@ -14,40 +14,30 @@ Times are in seconds from the stream's beginning. Memory does not grow with the 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import queue
-import signal
-import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from whisper.audio import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
 from whisper.timing import WordTiming, merge_punctuations
+from whisper.utils import compression_ratio
 
 from dawhisper import vad
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
-from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, DecodingResult, asked_language, decode_windows, model_tokenizer
-from dawhisper.device import DEVICE_HELP, THREADS_HELP
-from dawhisper.errors import AudioError, OptionError
+from dawhisper.errors import OptionError
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.options import option
 from dawhisper.timing import SENTENCE_END, Word, find_alignment, token_gates
-from dawhisper.transcribe_files import usable_language
-from dawhisper.transcription import Segment, TranscribeOptions, printable
-from dawhisper.window import Window, encode_window, is_silence, needs_fallback
+from dawhisper.transcription import Segment, TranscribeOptions
+from dawhisper.window import Window, encode_window, exceeds, is_silence, needs_fallback
 
 CONTEXT = 64  # tokens of earlier text that prompt the decoder
 SHORTEST = 0.5  # seconds of audio that are worth decoding
 PIECE = 5.0  # seconds taken in at once, so that the buffer never outgrows the encoder's window
 LONGEST_SEGMENT = 30.0
-MIC_PIECE = 0.1  # seconds
-MIC_BACKLOG = 60.0  # seconds that a microphone may be ahead of the model
+TOKENS, TOKENS_PER_SECOND = 8, 12  # most that a decoding may say; Whisper's training had at most 7.5 a second
 
 
 @dataclass(frozen=True)
@@ -82,18 +72,6 @@ class StreamOptions:
 
 
 @dataclass(frozen=True)
-class ListenOptions(StreamOptions):
-    """What `dawhisper stream` hears, with which model, and how it tells."""
-
-    source: str = option("mic", "mic, or - for standard input", name="input")
-    input_device: str | None = option(None, "which microphone: number or name; the system's by default")
-    model: str = option(OWN_MODEL, MODEL_HELP)
-    device: str | None = option(None, DEVICE_HELP)
-    threads: int = option(0, THREADS_HELP)
-    as_json: bool = option(False, "a JSON object for each update: words, segments", name="json", flag=True)
-
-
-@dataclass(frozen=True)
 class LiveWord(Word):
     """A word with its tokens, and the decoder's mean gate over them (None without second branch)."""
 
@@ -117,10 +95,14 @@ class Update:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """The words decoded after the final ones, and the window's result."""
+    """The words decoded after the final ones, and the window's result.
+
+    doubtful: the text repeats itself, is unlikely, stands for silence, or is longer than what can be said in its time.
+    """
 
     words: list[LiveWord]
     result: DecodingResult
+    doubtful: bool
 
 
 class Stream:
@@ -175,7 +157,8 @@ class Stream:
         hypothesis = self._decode()
         if paused:
             return self._end_turn(hypothesis)
-        update = self._commit(hypothesis, self._stable(hypothesis))
+        # nobody is shown a doubtful text; the one before it stays until there is a better one
+        update = Update() if hypothesis.doubtful else self._commit(hypothesis, self._stable(hypothesis))
         if len(self.buffer) > self.options.longest * SAMPLE_RATE:
             update += self._shorten()
         return replace(update, pending=text_of(self.previous))
@@ -193,16 +176,25 @@ class Stream:
         mel = log_mel_spectrogram(pad_or_trim(self.buffer, max(n, SAMPLE_RATE)), model.dims.n_mels, device=model.device)
         features = encode_window(model, mel, Window(0, min(N_FRAMES, mel.shape[-1])))
         prefix = [token for word in self.final for token in word.tokens]
+        longest = min(self._most_tokens(), max(1, model.dims.n_text_ctx // 2 - len(prefix)))
         options = DecodingOptions(
             task=self.options.task,
             language=self.language,
+            sample_len=longest,
             prompt=self.context,
             prefix=prefix,
             without_timestamps=True,
             suppress_blank=not prefix,  # that rule demands a word, but there may be no further one
         )
         result = decode_windows(model, features, options)[0]
-        return Hypothesis(self._timed(prefix, result, features), result)
+        if len(result.tokens) == longest or self._is_doubtful(result):
+            return Hypothesis([], result, doubtful=True)
+        return Hypothesis(self._timed(prefix, result, features), result, doubtful=False)
+
+    def _most_tokens(self) -> int:
+        """How many tokens can have been said after the final words: without an end a loop takes seconds."""
+        said = self.final[-1].end if self.final else self.start / SAMPLE_RATE
+        return TOKENS + round(TOKENS_PER_SECOND * max(0.0, self.now - said))
 
     def _timed(self, prefix: list[int], result: DecodingResult, features: AudioFeatures) -> list[LiveWord]:
         """The words after the prefix with their times, their gates and their tokens."""
@@ -235,8 +227,6 @@ class Stream:
     def _stable(self, hypothesis: Hypothesis) -> int:
         """How many of the hypothesis' words are final."""
         words, before = hypothesis.words, self.previous
-        if self._is_doubtful(hypothesis):
-            return 0
         if self.options.policy == "attention":
             until = self.now - self.options.margin
             n = next((i for i, word in enumerate(words) if word.end > until), len(words))
@@ -245,10 +235,12 @@ class Stream:
         same = [a.word == b.word for a, b in zip(words, before)]
         return same.index(False) if False in same else len(same)
 
-    def _is_doubtful(self, hypothesis: Hypothesis) -> bool:
-        """Whether the text repeats itself, is unlikely, or stands for silence."""
-        result = hypothesis.result
+    def _is_doubtful(self, result: DecodingResult) -> bool:
+        """Whether the text repeats itself or the final words, is unlikely, or stands for silence."""
         if needs_fallback(self.model, result, self.thresholds):
+            return True
+        whole = text_of(self.final) + result.text
+        if exceeds(compression_ratio(whole), self.thresholds.compression_ratio_threshold):
             return True
         return not self.final and is_silence(self.model, result, self.thresholds)
 
@@ -267,8 +259,7 @@ class Stream:
         return Update(words, segments=segments)
 
     def _end_turn(self, hypothesis: Hypothesis) -> Update:
-        n = 0 if self._is_doubtful(hypothesis) else len(hypothesis.words)
-        update = self._commit(hypothesis, n)
+        update = self._commit(hypothesis, len(hypothesis.words))
         self._remember(self.final)
         self.final, self.previous = [], []
         self._forget(len(self.buffer))
@@ -338,121 +329,20 @@ class Stream:
         self.buffer = self.buffer[samples:].copy()
 
 
+@torch.no_grad()
+def warm_up(model: Whisper) -> None:
+    """Do once what is slow the first time (compiled functions, the detector), so that no speaker waits for it."""
+    heard = Stream(model, StreamOptions(language="en", gates=True))
+    heard.feed(np.zeros(SAMPLE_RATE, np.float32))
+    mel = log_mel_spectrogram(np.zeros(SAMPLE_RATE, np.float32), model.dims.n_mels, device=model.device)
+    features = encode_window(model, mel, Window(0, mel.shape[-1]))
+    tokenizer = model_tokenizer(model, "en")
+    decode_windows(model, features, DecodingOptions(language="en", sample_len=TOKENS))
+    find_alignment(model, tokenizer, tokenizer.encode(" One, two."), features, mel.shape[-1])
+
+
 def text_of(words: list[LiveWord]) -> str:
     return "".join(word.word for word in words)
-
-
-# -------------------------------------------------------------------------------------------------------- sources
-
-
-def read_pcm(source: BinaryIO, seconds: float) -> Iterator[np.ndarray]:
-    """s16le 16 kHz mono from a pipe -> float samples, up to `seconds` of them at once, as they come."""
-    rest = b""
-    read = getattr(source, "read1", source.read)
-    while data := read(round(seconds * SAMPLE_RATE) * 2):
-        data = rest + data
-        even = len(data) // 2 * 2
-        rest = data[even:]
-        if even:
-            yield pcm_samples(data[:even])
-
-
-def pcm_samples(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768
-
-
-def read_microphone(device: str | None = None) -> Iterator[np.ndarray]:
-    """Samples of the microphone, as many as there are each time, until Ctrl-C. AudioError where there is none."""
-    try:
-        import sounddevice
-    except (ImportError, OSError) as e:  # OSError: PortAudio itself is missing
-        raise OptionError(
-            f"the microphone needs sounddevice and PortAudio ({e}): pip install 'dawhisper[stream]', on Linux also "
-            "apt-get install libportaudio2; or pipe s16le 16 kHz mono samples in and give --input -"
-        ) from None
-    return _record(sounddevice, device)
-
-
-def _record(sounddevice: Any, device: str | None) -> Iterator[np.ndarray]:
-    pieces: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-    ended = threading.Event()
-    error: str | None = "the microphone has stopped; is it still plugged in?"
-
-    def heard(data: np.ndarray, *_: Any) -> None:  # in a thread of PortAudio's
-        nonlocal error
-        if pieces.qsize() >= MIC_BACKLOG / MIC_PIECE:
-            error = f"the model is {MIC_BACKLOG:g} s behind the microphone; use a smaller model or a longer --step"
-            raise sounddevice.CallbackAbort
-        pieces.put(data[:, 0].copy())
-
-    def end() -> None:
-        ended.set()
-        pieces.put(np.zeros(0, np.float32))  # wakes who waits
-
-    def interrupted(*_: Any) -> None:  # what was said before Ctrl-C still becomes text; a second one interrupts that
-        nonlocal error
-        error = None
-        signal.signal(signal.SIGINT, before)
-        end()
-
-    def start() -> Any:
-        try:
-            opened = sounddevice.InputStream(
-                SAMPLE_RATE,
-                round(MIC_PIECE * SAMPLE_RATE),
-                int(device) if device and device.isdigit() else device,
-                channels=1,
-                callback=heard,
-                finished_callback=end,
-            )
-            opened.start()
-        except (sounddevice.PortAudioError, ValueError) as e:
-            raise AudioError(f"can't record from the microphone: {e}; name another with --input_device") from None
-        return opened
-
-    before = signal.signal(signal.SIGINT, interrupted)
-    try:
-        with contextlib.closing(start()):
-            while not (ended.is_set() and pieces.empty()):
-                taken = [pieces.get()]
-                while not pieces.empty():
-                    taken.append(pieces.get())
-                yield np.concatenate(taken)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if error:
-        raise AudioError(error)
-
-
-def stream(options: ListenOptions) -> None:
-    """`dawhisper stream`: print what is heard, by segment or as JSON lines, until the source ends or on Ctrl-C."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    source, as_json = options.source, options.as_json
-    if source not in ("-", "mic"):
-        raise OptionError(f"--input is mic or - (standard input), not {source!r}; for files: dawhisper transcribe")
-    pieces = read_microphone(options.input_device) if source == "mic" else read_pcm(sys.stdin.buffer, options.step)
-    model = load_model(options.model, options.device)
-    options = replace(options, language=usable_language(model, options.model, options.language))
-    heard = Stream(model, options)
-    if source == "mic":
-        print("Listening; Ctrl-C ends it.", file=sys.stderr)
-    try:
-        for piece in pieces:
-            show(heard.feed(piece), as_json)
-    except KeyboardInterrupt:
-        pass
-    finally:  # a microphone that fails takes no words with it
-        show(heard.finish(), as_json)
-
-
-def show(update: Update, as_json: bool) -> None:
-    if as_json:
-        if update.words or update.segments or update.end_of_turn:
-            print(json.dumps(as_dict(update), ensure_ascii=False), flush=True)
-        return
-    for segment in update.segments:
-        print(printable(segment), flush=True)
 
 
 def as_dict(update: Update) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,9 +27,12 @@ from dawhisper import vad
 from dawhisper.audio import load_audio
 from dawhisper.cli import main
 from dawhisper.decoding import DecodingOptions, DecodingResult, decode_windows, model_tokenizer
-from dawhisper.errors import OptionError
+from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures
-from dawhisper.serve.stream import Stream, StreamOptions, Update, read_pcm, text_of
+from dawhisper.serve.listen import Terminal
+from dawhisper.serve.sources import PIPE_BACKLOG, read_ahead, read_pcm
+from dawhisper.serve.stream import LiveWord, Stream, StreamOptions, Update, text_of
+from dawhisper.transcription import Segment, TranscribeOptions
 
 
 def words_in(text: str) -> str:
@@ -149,10 +153,101 @@ def test_earlier_text_is_context(tiny_en: dawhisper.Whisper, assets: Path, monke
 def test_gates_of_words() -> None:
     model = talkative(trained(dawhisper.DualOptions()), eot_bias=6.0)
     stream = Stream(model, StreamOptions(language="en", gates=True))
+    stream.thresholds = TranscribeOptions(logprob_threshold=None, compression_ratio_threshold=None)
     stream.buffer = (0.1 * np.random.default_rng(0).normal(size=16000 * 3)).astype(np.float32)
     words = stream._decode().words
     assert words
     assert all(word.gate is not None and 0 <= word.gate <= 1 for word in words)
+
+
+@pytest.mark.parametrize("policy", ["attention", "agreement"])
+def test_a_loop_ends_with_its_sound_and_is_never_shown(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    """A model that never ends a text: decodings are as long as can be said, and nothing of them is seen."""
+    lengths: list[tuple[float, int]] = []
+
+    def decode(model: dawhisper.Whisper, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
+        results = decode_windows(model, features, options)
+        lengths.append((stream.now, len(results[0].tokens)))
+        return results
+
+    monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
+    monkeypatch.setattr("dawhisper.serve.stream.decode_windows", decode)
+    stream = Stream(talkative(trained(), eot_bias=-30.0), StreamOptions(language="en", policy=policy))
+    stream.thresholds = TranscribeOptions(logprob_threshold=None, no_speech_threshold=None)
+    noise = (0.1 * np.random.default_rng(0).normal(size=16000 * 4)).astype(np.float32)
+    updates = [stream.feed(piece) for piece in np.split(noise, 4)] + [stream.finish()]
+    assert not any(update.words or update.pending for update in updates)
+    assert len(lengths) == 5
+    assert all(0 < n <= 8 + 12 * seconds for seconds, n in lengths)
+
+
+def test_a_pipe_that_is_ahead_comes_in_larger_pieces() -> None:
+    def pieces() -> Iterator[np.ndarray]:
+        for i in range(100):
+            yield np.full(10, i, np.float32)
+        raise AudioError("the pipe broke")
+
+    taken = read_ahead(pieces())
+    sizes, heard = [], []
+    with pytest.raises(AudioError, match="broke"):
+        for piece in taken:
+            sizes.append(len(piece))
+            heard.append(piece)
+            time.sleep(0.01)
+    np.testing.assert_array_equal(np.concatenate(heard), np.repeat(np.arange(100), 10))
+    assert 100 <= max(sizes) <= 10 * (PIPE_BACKLOG + 2)
+
+
+class Screen:
+    """A terminal of one row's height that is long enough, as far as its codes are used."""
+
+    def __init__(self, columns: int):
+        self.rows, self.at, self.columns = [""], 0, columns
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        pass
+
+    def write(self, text: str) -> None:
+        for code, moved, plain in re.findall(r"(\x1b\[(?:(\d*)D|\d*[Km]))|([^\x1b])", text):
+            if code.endswith("K"):
+                self.rows[-1] = self.rows[-1][: self.at]
+            elif moved:
+                self.at -= int(moved)
+            elif plain == "\n":
+                self.rows.append("")
+                self.at = 0
+            elif plain:
+                self.rows[-1] = self.rows[-1][: self.at] + plain + self.rows[-1][self.at + 1 :]
+                self.at += 1
+                assert self.at < self.columns
+
+
+def spoken(*words: str) -> list[LiveWord]:
+    return [LiveWord(word, 0.0, 1.0, 1.0) for word in words]
+
+
+def test_a_terminal_shows_pending_words_until_they_are_final() -> None:
+    screen = Screen(20)
+    show = Terminal(screen, 20).show  # type: ignore[arg-type]
+    show(Update(pending=" Hello word"))
+    assert screen.rows == ["Hello word"]
+    hello, world = spoken(" Hello", " world.")
+    show(Update([hello], " world. And what follows then"))
+    assert screen.rows == ["Hello world. And wh"]
+    show(Update([world, *spoken(" And")], " now", [closed(hello, world)]))
+    assert screen.rows == ["Hello world.", "And now"]
+    show(Update(spoken(" now", " something", " longer.")))
+    assert screen.rows == ["Hello world.", "And now something", "longer."]
+    show(Update(segments=[closed(*spoken(" And", " now", " something", " longer."))], end_of_turn=True))
+    assert screen.rows[-2:] == ["longer.", ""]
+
+
+def closed(*words: LiveWord) -> Segment:
+    text = text_of(list(words))
+    return Segment(0, 0, 0.0, 1.0, text, [], 0.0, 0.0, 1.0, 0.0, list(words))
 
 
 def test_pcm_cut_in_the_middle_of_a_sample() -> None:
@@ -276,7 +371,7 @@ def test_a_microphone_that_fails(
         assert "name another with --input_device" in capsys.readouterr().err.splitlines()[-1]
     plug_in(monkeypatch, np.zeros(16000, np.float32))
     with monkeypatch.context() as patch:
-        patch.setattr("dawhisper.serve.stream.MIC_BACKLOG", 0.0)
+        patch.setattr("dawhisper.serve.sources.MIC_BACKLOG", 0.0)
         assert hear(*model) == 1
     assert "0 s behind the microphone; use a smaller model" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "sounddevice", None)
