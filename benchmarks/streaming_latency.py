@@ -81,7 +81,7 @@ def simulate(
     stream, clock, compute, slowest, fed = Stream(model, options), 0.0, 0.0, 0.0, 0
     text, printed, shown = "", [], []
     while fed < len(audio):
-        clock = max(clock, fed / SAMPLE_RATE + options.step)
+        clock = max(clock, (fed + stream.wanted) / SAMPLE_RATE)
         arrived = min(len(audio), int(clock * SAMPLE_RATE))
         final = arrived == len(audio)
         began = clock_of_work()

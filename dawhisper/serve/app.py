@@ -54,7 +54,7 @@ from dawhisper.transcription import Segment, TranscribeOptions, Transcription
 from dawhisper.writers import WRITERS
 
 from .sources import pcm_samples
-from .stream import Stream, StreamOptions, Update, as_dict
+from .stream import Stream, StreamOptions, Update, as_dict, warm_up
 from .worker import Clip, Engine, QueueFull, Stopped
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -436,7 +436,7 @@ class Live:
         self.reading = asyncio.create_task(self.read())
         self.reading.add_done_callback(lambda _: self.news.set())
         try:
-            await self.listen(stream, self.reading, options.step)
+            await self.listen(stream, self.reading)
         finally:
             self.end()
 
@@ -474,11 +474,10 @@ class Live:
             if len(self.heard) > LIVE_BACKLOG * SAMPLE_RATE * 2:
                 raise ApiError(429, "audio comes faster than it can be transcribed", code="too_fast")
 
-    async def listen(self, stream: Stream, reading: asyncio.Task[None], step: float) -> None:
-        wanted = round(step * SAMPLE_RATE) * 2
+    async def listen(self, stream: Stream, reading: asyncio.Task[None]) -> None:
         last = False
         while not last:
-            while len(self.heard) < wanted and not reading.done():
+            while len(self.heard) < 2 * stream.wanted and not reading.done():
                 self.news.clear()
                 await self.news.wait()
             last = reading.done()
@@ -757,6 +756,9 @@ def serve(options: ServerOptions) -> None:
     models = load_models(options.models, options.device)
     # each live stream has a place of its own
     engine = Engine(models, options.batch_size, options.max_queue + options.max_live)
+    for model in models.values():
+        with contextlib.suppress(QueueFull):  # the first request is slower then
+            engine.submit(partial(warm_up, model))
     server = Server(create_app(engine, options), options)
     try:
         sockets = [server.config.bind_socket()]

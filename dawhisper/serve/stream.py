@@ -37,6 +37,7 @@ CONTEXT = 64  # tokens of earlier text that prompt the decoder
 SHORTEST = 0.5  # seconds of audio that are worth decoding
 PIECE = 5.0  # seconds taken in at once, so that the buffer never outgrows the encoder's window
 LONGEST_SEGMENT = 30.0
+OPENING, FIRST_STEP = 3.0, 0.5  # seconds of a turn in which its first words are looked for, and how often
 TOKENS, TOKENS_PER_SECOND = 8, 12  # most that a decoding may say; Whisper's training had at most 7.5 a second
 
 
@@ -137,9 +138,16 @@ class Stream:
             piece = samples[first : first + round(PIECE * SAMPLE_RATE)]
             self.buffer = np.concatenate([self.buffer, piece.astype(np.float32)])
             self.fresh += len(piece)
-            if self.fresh >= self.options.step * SAMPLE_RATE:
+            if self.wanted <= 0:
                 update += self._listen()
         return update
+
+    @property
+    def wanted(self) -> int:
+        """Samples to come before the next decoding: fewer before a turn's first words."""
+        begun = self.final or self.previous or len(self.buffer) > OPENING * SAMPLE_RATE
+        step = self.options.step if begun else min(self.options.step, FIRST_STEP)
+        return round(step * SAMPLE_RATE) - self.fresh
 
     def finish(self) -> Update:
         """The rest of the words; the stream can be fed on afterwards."""

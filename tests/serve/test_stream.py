@@ -151,9 +151,11 @@ def test_earlier_text_is_context(tiny_en: dawhisper.Whisper, assets: Path, monke
 
 
 def test_gates_of_words() -> None:
-    model = talkative(trained(dawhisper.DualOptions()), eot_bias=6.0)
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
     stream = Stream(model, StreamOptions(language="en", gates=True))
-    stream.thresholds = TranscribeOptions(logprob_threshold=None, compression_ratio_threshold=None)
+    stream.thresholds = TranscribeOptions(
+        logprob_threshold=None, compression_ratio_threshold=None, no_speech_threshold=None
+    )
     stream.buffer = (0.1 * np.random.default_rng(0).normal(size=16000 * 3)).astype(np.float32)
     words = stream._decode().words
     assert words
@@ -172,7 +174,7 @@ def test_a_loop_ends_with_its_sound_and_is_never_shown(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
     monkeypatch.setattr("dawhisper.serve.stream.decode_windows", decode)
-    stream = Stream(talkative(trained(), eot_bias=-30.0), StreamOptions(language="en", policy=policy))
+    stream = Stream(pair(eot_bias=-30.0)[0], StreamOptions(language="en", policy=policy))
     stream.thresholds = TranscribeOptions(logprob_threshold=None, no_speech_threshold=None)
     noise = (0.1 * np.random.default_rng(0).normal(size=16000 * 4)).astype(np.float32)
     updates = [stream.feed(piece) for piece in np.split(noise, 4)] + [stream.finish()]
