@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .metrics import Interval
 from .scores import NOISY_MEAN, Paired, Score, Scored
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
+Wers = Mapping[Condition, Interval]  # a model's word error rate under each condition, in percent
 
 
 @dataclass(frozen=True)
@@ -281,47 +283,64 @@ def _plain(x: Any) -> Any:
 
 
 def draw(results: Results, folder: Path) -> list[str]:
-    """wer_KIND.png: WER over SNR, a line a model with its intervals, clean speech dotted. gate_MODEL.png: the gate.
-
-    Returns notes for the user.
-    """
+    """wer.png: word errors over SNR (`wer_figure`); gate_MODEL.png: the gate over SNR. Returns notes for the user."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return ["no plots: matplotlib is not installed (pip install 'dawhisper[plot]')"]
-    kinds = list(dict.fromkeys(c.kind for c in results.conditions if c.noisy))
-    for kind in kinds:
-        figure = Figure(figsize=(6, 4))
-        _wer_lines(results, kind, figure.subplots())
-        _finish(figure, folder / f"wer_{kind}.png", f"{kind} noise (dotted: clean speech)", "WER (%)")
+    spoken = [c for c in results.conditions if c.kind == "clean" or c.noisy]
+    if any(c.noisy for c in spoken):
+        wers = {model: {c: results.score(model, c.name).wer for c in spoken} for model in results.models}
+        wer_figure({"": wers}).savefig(folder / "wer.png", dpi=150)
     for summary in results.gates:
         name = "".join(x if x.isalnum() or x in "-_." else "_" for x in summary.model)
-        figure = Figure(figsize=(6, 4))
+        figure = Figure(figsize=(6, 4), layout="constrained")
         _gate_lines(results, summary, figure.subplots())
-        _finish(figure, folder / f"gate_{name}.png", f"gate of {summary.model}", "mean gate")
+        figure.savefig(folder / f"gate_{name}.png", dpi=150)
     return []
 
 
-def _finish(figure: Any, path: Path, title: str, label: str) -> None:
-    [axes] = figure.axes
-    axes.set(title=title, xlabel="SNR (dB)", ylabel=label)
+def wer_figure(groups: Mapping[str, Mapping[str, Wers]]) -> Any:
+    """A matplotlib Figure with a row for each group of utterances and a panel for each kind of noise.
+
+    groups: title -> model -> its word error rates in percent, of noisy conditions and of clean speech.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(
+        dict.fromkeys(c.kind for models in groups.values() for wers in models.values() for c in wers if c.noisy)
+    )
+    figure = Figure(figsize=(3.6 * len(kinds) + 0.4, 3.0 * len(groups) + 0.6), layout="constrained")
+    panels = figure.subplots(len(groups), len(kinds), squeeze=False)
+    for row, (title, models) in zip(panels, groups.items()):
+        for axes, kind in zip(row, kinds):
+            _wer_lines(models, kind, axes)
+            axes.set_title(f"{kind} noise", fontsize=10)
+        row[0].set_ylabel(f"{title}\nWER (%)" if title else "WER (%)")
+    for axes in panels[-1]:
+        axes.set_xlabel("SNR (dB), dotted: clean speech")
+    panels[0, 0].legend(loc="upper left", fontsize=9)
+    return figure
+
+
+def _wer_lines(models: Mapping[str, Wers], kind: str, axes: Any) -> None:
+    """A line for each model with its intervals."""
+    for i, (model, wers) in enumerate(models.items()):
+        places = sorted((c.snr, wer) for c, wer in wers.items() if c.kind == kind and c.snr is not None)
+        below = [0 if math.isnan(w.low) else w.value - w.low for _, w in places]
+        above = [0 if math.isnan(w.high) else w.high - w.value for _, w in places]
+        snrs = [snr + 0.2 * i for snr, _ in places]  # side by side, so that intervals can be told apart
+        line = axes.errorbar(snrs, [w.value for _, w in places], [below, above], marker="o", capsize=3, label=model)
+        for clean in (wer.value for c, wer in wers.items() if c.kind == "clean"):
+            axes.axhline(clean, color=line[0].get_color(), linestyle=":")
+        axes.set_xticks([snr for snr, _ in places])
+    axes.set_ylim(bottom=0)
+    _over_snr(axes)
+
+
+def _over_snr(axes: Any) -> None:
     axes.invert_xaxis()  # harder to the right
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def _wer_lines(results: Results, kind: str, axes: Any) -> None:
-    places = sorted((c.snr, c.name) for c in results.conditions if c.kind == kind and c.snr is not None)
-    for i, model in enumerate(results.models):
-        wers = [results.score(model, name).wer for _, name in places]
-        below = [0 if math.isnan(w.low) else w.value - w.low for w in wers]
-        above = [0 if math.isnan(w.high) else w.high - w.value for w in wers]
-        snrs = [snr + 0.2 * i for snr, _ in places]  # side by side, so that intervals can be told apart
-        line = axes.errorbar(snrs, [w.value for w in wers], [below, above], marker="o", capsize=3, label=model)
-        if any(c.kind == "clean" for c in results.conditions):
-            axes.axhline(results.score(model, "clean").wer.value, color=line[0].get_color(), linestyle=":")
-    axes.set_ylim(bottom=0)
 
 
 def _gate_lines(results: Results, summary: GateSummary, axes: Any) -> None:
@@ -331,3 +350,6 @@ def _gate_lines(results: Results, summary: GateSummary, axes: Any) -> None:
         axes.plot([snr for snr, _ in places], gates, marker="o", label=kind)
     if "clean" in summary.conditions:
         axes.axhline(_mean(summary.conditions["clean"]["gate"]), color="black", linestyle=":", label="clean")
+    axes.set(title=f"gate of {summary.model}", xlabel="SNR (dB)", ylabel="mean gate")
+    axes.legend()
+    _over_snr(axes)

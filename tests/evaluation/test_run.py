@@ -393,7 +393,7 @@ def test_files_agree_with_each_other(results: tuple[report.Results, Path]) -> No
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert lines and all(line.endswith("|") for line in lines)
     pytest.importorskip("matplotlib")
-    assert {p.name for p in out.glob("*.png")} == {"wer_white.png", "wer_babble.png", "wer_real.png", "gate_two.png"}
+    assert {p.name for p in out.glob("*.png")} == {"wer.png", "gate_two.png"}
 
 
 def test_no_matplotlib_is_a_note(
