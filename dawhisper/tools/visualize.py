@@ -1,6 +1,7 @@
-"""What a model heard, as one picture: spectrogram, words, both attention maps and the gate over one time axis.
+"""What a model heard, as one picture: spectrogram, words, the gate and both attention maps over one time axis.
 
-`look` gives the numbers, `write` their files: JSON, a page that can be zoomed (HTML, nothing is fetched), and PNG.
+`look` gives the numbers, `write` their files: JSON, a page that can be zoomed (HTML, nothing is fetched), PNG, and
+a PNG of the gate alone.
 W words, T encoder positions of 20 ms, L decoder layers.
 """
 
@@ -38,6 +39,7 @@ from dawhisper.training.losses import noise_dominance
 from dawhisper.transcription import TranscribeOptions
 
 FORMATS = ("html", "json", "png")
+GATE_ALONE = "gate.png"  # a fourth format, written where it is asked for
 FORMAT_VERSION = 1
 SAME_SPEECH = 0.05  # correlation of a recording and its clean version: 0.3 at -10 dB, less where they don't belong
 
@@ -70,15 +72,16 @@ class VisualizeOptions:
     )
     device: str | None = option(None, DEVICE_HELP)
     output_dir: str = option(".", "folder for the outputs", short="-o")
-    output_format: str = option("all", "what is written", short="-f", choices=[*FORMATS, "all"])
+    output_format: str = option("all", "what is written", short="-f", choices=[*FORMATS, GATE_ALONE, "all"])
 
     def __post_init__(self) -> None:
         if self.clean and self.noise:
             raise OptionError("clean and noise can't be given together: either the noise is in the recording, or not")
         if self.start < 0:
             raise OptionError(f"start is 0 or more seconds, not {self.start}")
-        if self.output_format not in ("all", *FORMATS):
-            raise OptionError(f"unknown format {self.output_format!r}; use all, {', '.join(FORMATS)}")
+        formats = ("all", *FORMATS, GATE_ALONE)
+        if self.output_format not in formats:
+            raise OptionError(f"unknown format {self.output_format!r}; use {', '.join(formats)}")
 
 
 @dataclass(frozen=True)
@@ -284,22 +287,22 @@ def changes(views: Sequence[View]) -> list[set[int]]:
 
 def how_to_read(views: Sequence[View]) -> list[str]:
     """What a newcomer has to know to read the picture, a sentence or two each."""
-    told = [
-        "Spectrogram: the sound, time to the right, pitch upwards; the brighter, the louder.",
-        "Attention: each row is a word, dark where the model listens to write it; the line under it shows when it was "
-        "spoken. A stripe through all rows is a moment that every word listens to, often a pause.",
-    ]
-    if any(changes(views)):
-        told.append("Words in red are heard otherwise than without the noise.")
+    told = ["Spectrogram: the sound, time to the right, pitch upwards; the brighter, the louder."]
     first = views[0]
     if first.secondary is not None and first.gate is not None:
         told.append(
-            "Gate: how the two branches are mixed for each word and decoder layer; 1 is the speech branch alone."
+            "Gate: how the two branches are mixed for each word and decoder layer; 1 is the primary branch alone."
         )
         if torch.allclose(first.primary, first.secondary, atol=1e-4) and float(first.gate.std()) < 1e-4:
             told.append(
-                "This model's noise branch is untrained: a copy of the speech branch, with the same gate everywhere."
+                "This model's second branch is untrained: a copy of the primary one, with the same gate everywhere."
             )
+    told.append(
+        "Attention: each row is a word, dark where the model listens to write it; the line under it shows when it was "
+        "spoken. A stripe through all rows is a moment that every word listens to, often a pause."
+    )
+    if any(changes(views)):
+        told.append("Words in red are heard otherwise than without the noise.")
     return told
 
 
@@ -319,10 +322,10 @@ def write(views: Sequence[View], model: str, stem: Path, output_format: str = "a
             path.write_text(as_html(data), encoding="utf-8")
         else:
             try:
-                figure = draw(views, model)
+                figure = draw_gates(views) if name == GATE_ALONE else draw(views, model)
             except ModuleNotFoundError as e:
-                if output_format == "png":
-                    raise OptionError(f"png needs {e.name}: pip install 'dawhisper[plot]'") from e
+                if output_format != "all":
+                    raise OptionError(f"{name} needs {e.name}: pip install 'dawhisper[plot]'") from e
                 continue
             figure.savefig(path, dpi=110)
         written.append(path)
@@ -383,7 +386,8 @@ def as_html(data: str) -> str:
 
 # ---- the picture --------------------------------------------------------------------------------------------------
 
-SPEECH, NOISE, CHANGED = "#1f5fa8", "#d1590f", "#c8102e"  # blue is speech, orange is noise, in every panel
+PRIMARY, SECOND, CHANGED = "#1f5fa8", "#d1590f", "#c8102e"  # the branches have their colours in every panel
+NOISE = "#3c3c3c"
 
 
 def draw(views: Sequence[View], model: str) -> Any:
@@ -394,7 +398,7 @@ def draw(views: Sequence[View], model: str) -> Any:
     words = max(len(v.words) for v in views)
     width = min(22.0, max(9.0, 0.35 * words + 3))  # inches, of a column
     attention = max(4.0, 0.15 * words)
-    heights = [2.5, attention, attention, 2.0] if dual else [2.5, attention]
+    heights = [2.5, 2.0, attention, attention] if dual else [2.5, attention]
     figure = Figure(figsize=(width * len(views), sum(heights) + 3.5), layout="constrained")
     figure.suptitle(f"What {model} hears, and where it listens", fontsize=15, fontweight="bold")
     lines = [line for told in how_to_read(views) for line in textwrap.wrap(told, round(12 * width * len(views)))]
@@ -414,31 +418,25 @@ def draw(views: Sequence[View], model: str) -> Any:
 
 
 def _draw_branches(view: View, panels: Sequence[Any], figure: Any) -> None:
-    """Where each branch listens, and the gate; for a single-branch model its one map."""
+    """The gate, and where each branch listens; for a single-branch model its one map."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    blues, oranges, fade = (
-        LinearSegmentedColormap.from_list(name, colours)
-        for name, colours in (
-            ("speech", ["white", SPEECH, "#0b2545"]),
-            ("noise", ["white", NOISE, "#4a1c02"]),
-            ("gate", [NOISE, "#f4f1ea", SPEECH]),
-        )
+    blues, oranges = (
+        LinearSegmentedColormap.from_list(name, ["white", colour, dark])
+        for name, colour, dark in (("primary", PRIMARY, "#0b2545"), ("second", SECOND, "#4a1c02"))
     )
-    kind = "the speech branch (primary attention)" if view.gate is not None else "the cross-attention"
-    _draw_attention(view, view.primary, panels[0], f"Where {kind} listens", blues)
-    if view.secondary is not None and view.gate is not None:
-        title = "Where the noise branch (secondary attention) listens"
-        _draw_attention(view, view.secondary, panels[1], title, oranges)
-        image = _draw_gate(view, view.gate, panels[2], fade)
-        bar = figure.colorbar(image, ax=panels[2], orientation="horizontal", aspect=60, pad=0.02, ticks=[0, 0.5, 1])
-        bar.ax.set_xticklabels(["0: noise branch alone", "0.5: both alike", "1: speech branch alone"])
+    if view.secondary is None or view.gate is None:
+        _draw_attention(view, view.primary, panels[0], "Where the cross-attention listens", blues)
+        return
+    _draw_scale(figure, _draw_gate(view, view.gate, panels[0]), panels[0])
+    _draw_attention(view, view.primary, panels[1], "Where the primary branch listens", blues)
+    _draw_attention(view, view.secondary, panels[2], "Where the second branch listens", oranges)
 
 
 def _mark(changed: set[int], panels: Sequence[Any], view: View) -> None:
     """Colour the names of changed words, above the spectrogram and beside the maps."""
     above = panels[0].child_axes[0].get_xticklabels()
-    beside = [axes.get_yticklabels() for axes in panels[1 : 3 if view.secondary is not None else 2]]
+    beside = [axes.get_yticklabels() for axes in panels[1 if view.secondary is None else 2 :]]
     for labels in (above, *beside):
         for i in changed:
             labels[i].set_color(CHANGED)
@@ -455,11 +453,7 @@ def _draw_spectrogram(view: View, axes: Any, strip: bool, columns: int) -> None:
     lines = textwrap.wrap(f"heard ({view.language}): “{view.text}”", columns)
     lines = lines if len(lines) <= 3 else [*lines[:2], lines[2] + " …"]
     axes.set_title("\n".join([view.title, *lines]), loc="left", fontsize=11, pad=8)
-    words = axes.secondary_xaxis("top")
-    words.set_xticks([(w.start + w.end) / 2 for w in view.words], [w.word for w in view.words])
-    words.tick_params(rotation=55, labelsize=9, length=2)
-    for label in words.get_xticklabels():
-        label.set(ha="left", rotation_mode="anchor")
+    _write_words(view, axes)
     ticks = {0: "low pitch", bands: "high pitch"}
     if strip:
         axes.set_ylim(-0.15 * bands, bands)
@@ -486,8 +480,20 @@ def _draw_attention(view: View, attention: Tensor, axes: Any, title: str, colour
     axes.set_title(title, loc="left", fontsize=10)
 
 
-def _draw_gate(view: View, gate: Tensor, axes: Any, colours: Any) -> Any:
+def _write_words(view: View, axes: Any) -> None:
+    """The words above a panel, each at the middle of its time."""
+    words = axes.secondary_xaxis("top")
+    words.set_xticks([(w.start + w.end) / 2 for w in view.words], [w.word for w in view.words])
+    words.tick_params(rotation=55, labelsize=9, length=2)
+    for label in words.get_xticklabels():
+        label.set(ha="left", rotation_mode="anchor")
+
+
+def _draw_gate(view: View, gate: Tensor, axes: Any) -> Any:
     """A rectangle for each word and layer, as wide as the word is long."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("gate", [SECOND, "#f4f1ea", PRIMARY])
     layers = gate.shape[1]
     for column, word in zip(gate, view.words):
         extent = (word.start, max(word.end, word.start + 0.02), -0.5, layers - 0.5)
@@ -497,8 +503,33 @@ def _draw_gate(view: View, gate: Tensor, axes: Any, colours: Any) -> Any:
     axes.set(ylim=(-0.5, layers - 0.5), ylabel="decoder layer", facecolor="#dddddd")
     axes.set_yticks(range(0, layers, max(1, layers // 6)))
     axes.set_title(
-        f"Gate: which branch each word trusts, by layer (mean {float(gate.mean()):.2f}; grey: no word)",
+        f"Gate: which branch each word is read with, by layer (mean {float(gate.mean()):.2f}; grey: no word)",
         loc="left",
         fontsize=10,
     )
     return image
+
+
+def _draw_scale(figure: Any, image: Any, axes: Any) -> None:
+    bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=60, pad=0.02, ticks=[0, 0.5, 1])
+    bar.ax.set_xticklabels(["0: second branch alone", "0.5: both alike", "1: primary branch alone"])
+
+
+def draw_gates(views: Sequence[View]) -> Any:
+    """A matplotlib Figure of the words and the gate alone, a row for each view. OptionError for a single branch."""
+    from matplotlib.figure import Figure
+
+    if any(view.gate is None for view in views):
+        raise OptionError("this model has one branch, so no gate; give one with two, as dawhisper-base is")
+    words = max(len(v.words) for v in views)
+    figure = Figure(figsize=(min(16.0, max(7.0, 0.4 * words)), 2.2 * len(views) + 0.4), layout="constrained")
+    panels = figure.subplots(len(views), 1, squeeze=False)[:, 0]
+    for view, changed, axes in zip(views, changes(views), panels):
+        assert view.gate is not None
+        image = _draw_gate(view, view.gate, axes)
+        _write_words(view, axes)
+        axes.set_title(f"{view.title}: gate {float(view.gate.mean()):.2f} on average", loc="left", fontsize=11, pad=8)
+        axes.set_xlim(0, view.seconds)
+        _mark(changed, [axes], view)
+    _draw_scale(figure, image, panels[-1])
+    return figure

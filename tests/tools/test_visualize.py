@@ -26,6 +26,7 @@ from dawhisper.tools.visualize import (
     as_json,
     changed_words,
     draw,
+    draw_gates,
     how_to_read,
     look,
     mix,
@@ -147,6 +148,18 @@ def test_every_picture_says_how_it_is_read(dual: Whisper) -> None:
     assert "untrained" in " ".join(how_to_read([untrained]))
 
 
+def test_the_gate_alone(dual: Whisper) -> None:
+    figure = draw_gates([seen(dual), seen(dual, text="One too")])
+    first, second, scale = figure.axes
+    for axes in (first, second):
+        assert [len(image.get_array()) for image in axes.images] == [dual.dims.n_text_layer] * len(axes.images)
+    assert (len(first.images), len(second.images)) == (4, 2)  # a column for each word
+    assert first.images[0].get_array()[:, 0].tolist() == pytest.approx(seen(dual).gate[0].tolist())  # type: ignore[index]
+    assert "primary" in scale.get_xticklabels()[-1].get_text()
+    with pytest.raises(OptionError, match="one branch"):
+        draw_gates([seen(pair()[0])])
+
+
 def test_mixtures_have_the_snr_asked_for() -> None:
     rng = np.random.default_rng(0)
     speech, other = (0.1 * rng.standard_normal(n).astype(np.float32) for n in (32000, 11000))
@@ -213,8 +226,9 @@ def test_without_matplotlib(
     given = ["--model", model, "--text", TEXT, "-o", tmp_path / "out"]
     assert run("visualize", clip, *given) == 0
     assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".html", ".json"]
-    assert run("visualize", clip, *given, "-f", "png") == 1
-    assert "dawhisper[plot]" in capsys.readouterr().err
+    for picture in ("png", "gate.png"):
+        assert run("visualize", clip, *given, "-f", picture) == 1
+        assert "dawhisper[plot]" in capsys.readouterr().err
 
 
 def test_real_speech(base_path: Path, assets: Path) -> None:
