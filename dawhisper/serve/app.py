@@ -19,23 +19,25 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import prometheus_client as prometheus
 import torch
 import uvicorn
-from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi import Depends, FastAPI, Request, WebSocket, WebSocketDisconnect
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -43,6 +45,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from whisper.tokenizer import LANGUAGES
 
+import dawhisper
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.checkpoint import OWN_MODEL, load_model
 from dawhisper.decoding import asked_language
@@ -57,6 +60,18 @@ from .sources import pcm_samples
 from .stream import Stream, StreamOptions, Update, as_dict, warm_up
 from .worker import Clip, Engine, QueueFull, Stopped
 
+FIELDS = {
+    "model": "a name that /v1/models lists; the first one by default",
+    "language": "code or English name of the language spoken; found out by default",
+    "prompt": "text before the first word: names, spelling, style",
+    "response_format": "json, text, srt, verbose_json or vtt",
+    "temperature": "0 to 1; 0 tries higher ones where the text is doubtful",
+    "timestamp_granularities": "segment, word; with verbose_json or stream",
+    "stream": "true: server-sent events",
+    "include": "gate: words carry the share of the speech branch",
+    "chunking_strategy": "auto: long recordings are always cut here",
+}
+INDEX = re.compile(r"\[\d*\]$")  # of a list's field: NAME[] or NAME[0]
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
 IDLE = 20.0  # seconds that a client may send nothing of what is awaited
@@ -67,6 +82,32 @@ PAGE = Path(__file__).parent / "page"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
+}
+
+
+# Swagger UI, which FastAPI takes from there
+DOCS_HEADERS = HEADERS | {
+    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+    "style-src 'unsafe-inline' https://cdn.jsdelivr.net; img-src 'self' data: https://fastapi.tiangolo.com; "
+    "frame-ancestors 'none'"
+}
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+FORM = {  # of a transcription, for /docs
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "audio or video of any format"},
+                        **{name: {"type": "string", "description": text} for name, text in FIELDS.items()},
+                    },
+                }
+            }
+        },
+    }
 }
 
 
@@ -96,6 +137,10 @@ class ServerOptions:
     max_audio: float = option(7200.0, "seconds of a recording")
     upload_timeout: float = option(300.0, "seconds for an upload to come; slower ones get 408")
     timeout: float = option(600.0, "seconds of a request")
+    allow_origin: tuple[str, ...] = option(
+        (), "a web page's origin that may use the server, as https://app.example, or * for all", append=True
+    )
+    alias: tuple[str, ...] = option((), "NAME=MODEL: another name of a model, once a name", append=True)
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "max_queue", "max_live", "max_upload", "max_audio", "upload_timeout", "timeout")
@@ -104,6 +149,24 @@ class ServerOptions:
                 raise OptionError(f"--{name} is above 0, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"--port lies between 0 and 65535, not {self.port}")
+        for origin in self.allow_origin:
+            parts = urlsplit(origin)
+            if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+                raise OptionError(f"--allow_origin is SCHEME://HOST[:PORT] without a path, or *, not {origin!r}")
+        for alias in self.alias:
+            if not all(alias.partition("=")):
+                raise OptionError(f"--alias is NAME=MODEL, not {alias!r}")
+
+    def names(self, models: Iterable[str]) -> dict[str, str]:
+        """Which model each alias means; OptionError where there is no such model."""
+        known = list(models)
+        names = {"whisper-1": known[0]}
+        for alias in self.alias:
+            name, _, model = alias.partition("=")
+            if model not in known:
+                raise OptionError(f"--alias {alias}: there is no model {model!r}, only {', '.join(known)}")
+            names[name] = model
+        return {name: model for name, model in names.items() if name not in known}
 
 
 class ApiError(Exception):
@@ -189,14 +252,14 @@ class Service:
 
     def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics):
         self.engine, self.options, self.metrics = engine, options, metrics
+        self.aliases = options.names(engine.models)
         self.active = 0
         self.lives: set[Live] = set()
         self.decoding = asyncio.Semaphore(2)  # recordings decoded at once: each holds its samples
 
     def model_named(self, name: str) -> str:
         models = self.engine.models
-        if name == "whisper-1":
-            return next(iter(models))
+        name = self.aliases.get(name, name)
         if name not in models:
             message = f"the model {name[:80]!r} does not exist; there are {', '.join(models)}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -223,7 +286,7 @@ class Service:
 
     async def read(self, request: Request, task: str) -> Asked:
         """The form of a request, checked, and its recording, decoded."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(400, "send multipart/form-data with a file", "file")
         async with request.form(max_files=1, max_fields=32) as form:
             values: dict[str, list[str]] = {}
@@ -232,7 +295,7 @@ class Service:
                 raise ApiError(400, "send the recording as the field 'file', with a file name", "file")
             for name, value in form.multi_items():
                 if isinstance(value, str):
-                    values.setdefault(name.removesuffix("[]"), []).append(value)
+                    values.setdefault(INDEX.sub("", name), []).append(value)
                 elif name != "file":
                     raise ApiError(400, f"{name[:40]!r} is not a file", name[:40])
             asked = self.check(values, task)
@@ -258,7 +321,16 @@ class Service:
         def one(name: str, default: str = "") -> str:
             return values.get(name, [default])[-1].strip()
 
-        name = self.model_named(one("model", "whisper-1"))
+        for field in values:
+            if field not in FIELDS:
+                message = f"the option {field[:40]!r} is not offered; there are file, {', '.join(FIELDS)}"
+                raise ApiError(400, message, field[:40], "unsupported_parameter")
+        for field, offered in (("include", "gate"), ("chunking_strategy", "auto")):
+            for value in values.get(field, []):
+                if value != offered:
+                    message = f"{field} is {offered}; {value[:40]!r} is not offered"
+                    raise ApiError(400, message, field, "unsupported_parameter")
+        name = self.model_named(one("model") or next(iter(self.engine.models)))
         model = self.engine.models[name]
         response_format = one("response_format", "json")
         if response_format not in FORMATS:
@@ -496,10 +568,10 @@ def heard(stream: Stream, samples: np.ndarray, last: bool) -> Update:
     return update + stream.finish() if last else update
 
 
-def same_origin(headers: Headers) -> bool:
-    """Whether a browser's WebSocket comes from this server's own page; other programs send no origin."""
+def may_connect(headers: Headers, allowed: Sequence[str]) -> bool:
+    """Whether a browser's WebSocket comes from this server's own page or an allowed one; programs send no origin."""
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    return origin is None or urlsplit(origin).netloc == headers.get("host") or bool({origin, "*"} & set(allowed))
 
 
 # ------------------------------------------------------------------------------------------------------------- app
@@ -534,7 +606,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers.update(HEADERS)
+                headers.update(DOCS_HEADERS if scope.get("path") == "/docs" else HEADERS)
                 if status == 408:  # what else may come of the body is not read
                     headers["Connection"] = "close"
             try:
@@ -565,21 +637,40 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="dawhisper", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="dawhisper",
+        version=dawhisper.__version__,
+        description="OpenAI's audio API; live audio goes to the WebSocket /v1/audio/live.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
     app.state.service = service
     app.add_middleware(Guard, max_bytes=options.max_upload * 1e6, max_seconds=options.upload_timeout, metrics=metrics)
+    if options.allow_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.allow_origin, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return ApiError(
-            error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None
-        ).response()
+        code = "not_found" if error.status_code == 404 else None
+        response = ApiError(error.status_code, str(error.detail), code=code).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    async def authorized(bearer: Bearer) -> None:
+        service.authorize(bearer.credentials if bearer else None)
+
+    with_key = [Depends(authorized)]
 
     async def answer(request: Request, task: str) -> Response:
         began = time.monotonic()
         with contextlib.ExitStack() as admission:
             try:
-                service.authorize(request.headers.get("authorization", "").removeprefix("Bearer ").strip())
                 admission.enter_context(service.admitted())
                 length = request.headers.get("content-length", "0")
                 if length.isdigit() and int(length) > options.max_upload * 1e6:
@@ -606,11 +697,11 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    @app.post("/v1/audio/transcriptions")
+    @app.post("/v1/audio/transcriptions", dependencies=with_key, openapi_extra=FORM)
     async def transcriptions(request: Request) -> Response:
         return await answer(request, "transcribe")
 
-    @app.post("/v1/audio/translations")
+    @app.post("/v1/audio/translations", dependencies=with_key, openapi_extra=FORM)
     async def translations(request: Request) -> Response:
         return await answer(request, "translate")
 
@@ -621,22 +712,17 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
         card = {"id": name, "object": "model", "created": started, "owned_by": "dawhisper"}
         return card | {"multilingual": model.is_multilingual, "dual": model.dual is not None}
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        try:
-            service.authorize(request.headers.get("authorization", "").removeprefix("Bearer ").strip())
-        except ApiError as error:
-            return error.response()
+    @app.head("/v1/models", include_in_schema=False, dependencies=with_key)
+    @app.get("/v1/models", dependencies=with_key)
+    async def models() -> Response:
         return JSONResponse({"object": "list", "data": [model_card(name) for name in engine.models]})
 
-    @app.get("/v1/models/{name}")
-    async def one_model(request: Request, name: str) -> Response:
-        try:
-            service.authorize(request.headers.get("authorization", "").removeprefix("Bearer ").strip())
-            return JSONResponse(model_card(service.model_named(name)))
-        except ApiError as error:
-            return error.response()
+    @app.head("/v1/models/{name}", include_in_schema=False, dependencies=with_key)
+    @app.get("/v1/models/{name}", dependencies=with_key)
+    async def one_model(name: str) -> Response:
+        return JSONResponse(model_card(service.model_named(name)))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         status = {
@@ -646,13 +732,14 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
         }
         return JSONResponse(status, 200 if engine.alive else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics_page() -> Response:
         return Response(prometheus.generate_latest(metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     @app.websocket("/v1/audio/live")
     async def live(connection: WebSocket) -> None:
-        if not same_origin(connection.headers):
+        if not may_connect(connection.headers, options.allow_origin):
             await connection.close(1008)
             return
         await connection.accept()
@@ -674,8 +761,15 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
             service.lives.discard(session)
             metrics.live.set(len(service.lives))
 
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    # the page's own paths only: what is not there is a 404, also for a POST
+    for file in sorted(PAGE.iterdir()):
+        for path in {f"/{file.name}", "/"} if file.name == "index.html" else {f"/{file.name}"}:
+            app.add_api_route(path, partial(page_file, file), methods=["GET", "HEAD"], include_in_schema=False)
     return app
+
+
+async def page_file(file: Path) -> FileResponse:
+    return FileResponse(file)
 
 
 def load_models(names: tuple[str, ...], device: str | None) -> dict[str, Whisper]:
@@ -759,7 +853,12 @@ def serve(options: ServerOptions) -> None:
     for model in models.values():
         with contextlib.suppress(QueueFull):  # the first request is slower then
             engine.submit(partial(warm_up, model))
-    server = Server(create_app(engine, options), options)
+    try:
+        app = create_app(engine, options)
+    except OptionError:
+        engine.close()
+        raise
+    server = Server(app, options)
     try:
         sockets = [server.config.bind_socket()]
     except SystemExit:

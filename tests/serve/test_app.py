@@ -247,6 +247,11 @@ def test_the_key() -> None:
         ({"timestamp_granularities[]": "letter", "response_format": "verbose_json"}, "timestamp_granularities"),
         ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
         ({"prompt": "x" * 5000}, "prompt"),
+        ({"include[]": "logprobs"}, "include"),
+        ({"chunking_strategy": '{"type": "server_vad"}'}, "chunking_strategy"),
+        ({"known_speaker_names[]": "Ann"}, "known_speaker_names"),
+        ({"response_format": "diarized_json"}, "response_format"),
+        ({"vad_filter": "true"}, "vad_filter"),
     ],
 )
 def test_bad_fields(random_server: Running, fields: dict[str, str], param: str) -> None:
@@ -255,6 +260,64 @@ def test_bad_fields(random_server: Running, fields: dict[str, str], param: str) 
     error = answer.json()["error"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+def test_what_other_clients_send() -> None:
+    """A scheme and a media type in any case, indexed lists, HEAD, a final slash, paths and methods that are not."""
+    with running({"m": pair(eot_bias=6.0)[0]}, api_key="secret") as server:
+        key = {"Authorization": "bearer secret"}
+        assert httpx.post(server.url + PATH, files={"file": ("a.wav", wav(sound(0)))}, headers=key).status_code == 200
+        wrong = httpx.get(server.url + "/v1/models", headers={"Authorization": "secret"})
+        assert wrong.json()["error"]["code"] == "invalid_api_key"
+        body = PART + wav(sound(0)) + b"\r\n--x\r\n"
+        for name, value in (("response_format", "verbose_json"), ("timestamp_granularities[0]", "word")):
+            body += f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n--x\r\n'.encode()
+        body = body.removesuffix(b"\r\n") + b"--\r\n"
+        headers = {**key, "Content-Type": "Multipart/Form-Data; boundary=x"}
+        answer = httpx.post(server.url + PATH, content=body, headers=headers)
+        assert answer.status_code == 200
+        assert "words" in answer.json()
+        for path in ("/health", "/metrics", "/", "/app.js", "/v1/models", "/v1/models/m"):
+            assert httpx.head(server.url + path, headers=key).status_code == 200, path
+        assert httpx.post(server.url + PATH + "/", headers=key).status_code == 307
+        assert httpx.post(server.url + "/audio/transcriptions", headers=key).status_code == 404
+        assert httpx.get(server.url + "/v1/nothing").json()["error"]["code"] == "not_found"
+        refused = httpx.get(server.url + PATH, headers=key)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_other_origins_and_other_names() -> None:
+    app = "https://app.example"
+    asking = {"Origin": app, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    model = pair(eot_bias=6.0)[0]
+    with running({"m": model}, allow_origin=(app,), alias=("gpt-4o-transcribe=m",), api_key="secret") as server:
+        preflight = httpx.options(server.url + PATH, headers=asking)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == app
+        assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+        assert httpx.options(server.url + PATH, headers={**asking, "Origin": "https://evil.example"}).status_code == 400
+        refused = httpx.get(server.url + "/v1/models", headers={"Origin": app})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, app)
+        key = {"Authorization": "Bearer secret"}
+        for name, code in (("gpt-4o-transcribe", 200), ("whisper-1", 200), ("tts-1", 404)):
+            assert httpx.get(f"{server.url}/v1/models/{name}", headers=key).status_code == code
+        with connect(server.ws, origin=app) as live:  # type: ignore[arg-type]
+            live.send('{"api_key": "secret", "model": "gpt-4o-transcribe"}')
+            assert json.loads(live.recv())["type"] == "ready"
+    for options in ({"allow_origin": ("app.example/x",)}, {"alias": ("x",)}):
+        with pytest.raises(OptionError):
+            ServerOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="there is no model 'n'"):
+        ServerOptions(alias=("x=n",)).names(["m"])
+
+
+def test_the_api_is_described(random_server: Running) -> None:
+    described = httpx.get(random_server.url + "/openapi.json").json()
+    fields = described["paths"][PATH]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert {"file", "model", "language", "stream"} <= set(fields)
+    docs = httpx.get(random_server.url + "/docs")
+    assert "cdn.jsdelivr.net" in docs.headers["content-security-policy"]
+    assert "cdn.jsdelivr.net" not in httpx.get(random_server.url).headers["content-security-policy"]
 
 
 def open_files() -> int:
