@@ -14,6 +14,7 @@ import argparse
 import math
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,7 +29,15 @@ try:
     from dawhisper.training.log import Log
     from dawhisper.training.optimizer import optimizer_step, rate_factor, set_rate
     from dawhisper.training.recipe import Recipe, read_recipe
-    from dawhisper.training.run import Run, amp_overflow, dry_run_report, out_of_memory, synchronised, whole
+    from dawhisper.training.run import (
+        Run,
+        amp_overflow,
+        dry_run_report,
+        out_of_memory,
+        ran_out_of_memory,
+        synchronised,
+        whole,
+    )
 except ModuleNotFoundError as e:
     sys.exit(f"train: error: training needs {e.name}, which is not installed: pip install 'dawhisper[train]'")
 
@@ -48,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DawhisperError as error:
         print(f"train: error: {error}", file=sys.stderr, flush=True)
         return 1
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         print(f"train: error: {out_of_memory(recipe)}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
@@ -74,11 +85,11 @@ def train(recipe: Recipe, world: World) -> int:
                 run.batches.begin(run.step)
             # Everything from here on may wait for the device, and does not happen at every step.
             last = run.step == steps
-            stop = report(run, log, terminated, last)
+            stop, due = report(run, log, terminated, last)
             if recipe.dry_run:
                 continue
             early = not stop and evaluate(run, log, last)
-            if run.step % recipe.loop.save_every == 0 or last or stop or early:
+            if run.step % recipe.loop.save_every == 0 or last or due or stop or early:
                 log.pause()
                 run.save()
             if stop or early:
@@ -87,8 +98,6 @@ def train(recipe: Recipe, world: World) -> int:
                 break
     if recipe.dry_run:
         log.say(dry_run_report(world))
-    elif not terminated:
-        run.save_weights("last.safetensors")
     run.batches.close()
     log.close()
     return STOPPED if terminated else 0
@@ -121,20 +130,23 @@ def take_step(run: Run, log: Log) -> None:
     run.batches.mark()
 
 
-def report(run: Run, log: Log, terminated: list[int], last: bool) -> bool:
-    """Write the log's line where one is due. Returns whether a process was told to stop; they agree on it there."""
+def report(run: Run, log: Log, terminated: list[int], last: bool) -> tuple[bool, bool]:
+    """Write the log's line where one is due. Returns whether a process was told to stop, and whether the minutes since
+    the last snapshot ask for one; the processes agree on both there.
+    """
     loop, world = run.recipe.loop, run.world
     stop = bool(terminated) if world.size == 1 else False
     if not (run.step % loop.log_every == 0 or last or stop or run.recipe.dry_run):
-        return stop
+        return stop, False
     stop = world.any(bool(terminated))
+    due = world.any(0 < loop.save_minutes <= (time.monotonic() - run.saved) / 60)
     bad_in_a_row = log.write(run.step, run.optimizer, run.bad_steps, run.batches)
     if bad_in_a_row >= loop.max_bad_steps and not amp_overflow(run.scaler):
         raise OptionError(
             f"{bad_in_a_row:.0f} steps in a row gave a loss or gradient that is not finite (step {run.step}): "
             "lower optim.lr, lr_new and lr_gate, use loop.precision=bf16, or look at the data"
         )
-    return stop
+    return stop, due
 
 
 def evaluate(run: Run, log: Log, last: bool) -> bool:

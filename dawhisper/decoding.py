@@ -559,6 +559,23 @@ def _generate(
     return tokens.cpu(), logprobs.tolist(), no_speech.tolist()
 
 
+@torch.no_grad()
+def sample_windows(model: Whisper, features: AudioFeatures, first: Tensor, options: DecodingOptions) -> Tensor:
+    """All samples of encoded windows, each after first tokens of its own: first [B, k] -> tokens [B, best_of, n].
+
+    Rows begin with `first` and are filled up with <|endoftext|>.
+    """
+    options.verify()
+    tokenizer = model_tokenizer(model, options.language or "en", options.task)
+    begin = first.shape[1]
+    max_length = min(begin + (options.sample_len or model.dims.n_text_ctx // 2), model.dims.n_text_ctx + 1)
+    tokens = torch.full((len(first), max_length), tokenizer.eot, device=model.device)
+    tokens[:, :begin] = first
+    with open_cache(model.decoder, features, options.best_of or 1, max_length - 1) as cache:
+        rows, _, _ = _generate(model, cache, tokens, 0, begin, tokenizer, options)
+    return rows
+
+
 def trimmed(tokens: list[int], eot: int) -> list[int]:
     """The tokens before <|endoftext|>."""
     return tokens[: tokens.index(eot)] if eot in tokens else tokens

@@ -299,13 +299,22 @@ class DecoderBlock(nn.Module):
         return CrossMemory(key, value, self.secondary_attn.key_value(features.secondary), noise)
 
     def forward(
-        self, x: Tensor, memory: CrossMemory, cache: Cache | None, layer: int, query: bool = False
+        self,
+        x: Tensor,
+        memory: CrossMemory,
+        cache: Cache | None,
+        layer: int,
+        query: bool = False,
+        held: Tensor | None = None,
     ) -> tuple[Tensor, Fused]:
-        """x [R, n, d] -> [R, n, d], and what the cross-attentions gave, with their query if it is asked for."""
+        """x [R, n, d] -> [R, n, d], and what the cross-attentions gave, with their query if it is asked for.
+
+        held [B]: a window's gate is held at this value; where it is not a number, the gate decides.
+        """
         x = x + self.self_attention(self.attn_ln(x), cache, layer)
         # the rows of one window share its memory: they stand side by side as queries, nothing is copied
         y = self.cross_attn_ln(x).view(memory.key.shape[0], -1, x.shape[-1])
-        fused = self.cross_attention(y, memory, query)
+        fused = self.cross_attention(y, memory, query, held)
         x = x + fused.output.view_as(x)
         return x + self.mlp(self.mlp_ln(x)), fused
 
@@ -315,7 +324,7 @@ class DecoderBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and y.shape[1] > 1)
         return self.attn.out(merge(out))
 
-    def cross_attention(self, y: Tensor, memory: CrossMemory, query: bool = False) -> Fused:
+    def cross_attention(self, y: Tensor, memory: CrossMemory, query: bool = False, held: Tensor | None = None) -> Fused:
         primary, secondary = self.cross_attn, self.secondary_attn
         q = primary.split(primary.query(y))
         if secondary is None:
@@ -331,7 +340,10 @@ class DecoderBlock(nn.Module):
             read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
         p, s = primary.out(merge(read)), secondary.out(merge(read2))
         gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
-        fused = torch.lerp(s, p, gate)  # a p + (1 - a) s, and exactly p where s equals p
+        share = gate
+        if held is not None:
+            share = torch.where(held.isnan()[:, None, None], gate, held[:, None, None].to(gate.dtype))
+        fused = torch.lerp(s, p, share)  # a p + (1 - a) s, and exactly p where s equals p
         return Fused(fused, gate, q if query else None)
 
 
@@ -378,11 +390,13 @@ class TextDecoder(nn.Module):
         trace: Recorder | None = None,
         positions: Sequence[int] | None = None,
         dtype: torch.dtype | None = torch.float32,
+        held: Tensor | None = None,
     ) -> Tensor:
         """tokens [R, n] -> logits [R, n, V] of type `dtype`; None leaves them as they are computed.
 
         With a cache the tokens follow those already in it, and the audio is the cache's; without one, `features`
-        gives the audio. `positions` limits the logits to some of the n tokens, in the order given.
+        gives the audio. `positions` limits the logits to some of the n tokens, in the order given. `held` [B] holds
+        the gate of windows at a value in [0, 1]; where it is not a number, the gate decides.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -393,7 +407,8 @@ class TextDecoder(nn.Module):
             raise ValueError("the decoder needs the audio: give features or a cache")
         memories = self.memories(features) if cache is None else iter(cache.memories)  # type: ignore[arg-type]
         for layer, (block, memory) in enumerate(zip(self.blocks, memories)):
-            x, fused = maybe_checkpoint(self, block, x, memory, cache, layer, trace is not None and trace.attention)
+            query = trace is not None and trace.attention
+            x, fused = maybe_checkpoint(self, block, x, memory, cache, layer, query, held)
             if trace is not None:
                 trace.record(layer, fused, memory, tokens.shape)
         if cache is not None:

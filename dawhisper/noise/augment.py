@@ -17,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dawhisper.audio import N_SAMPLES
+from dawhisper.audio import N_SAMPLES, SAMPLE_RATE
 from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
 from .channels import band_limit, reverberate, telephone
-from .generators import COLOURS, MADE, babble, colored_noise
+from .generators import COLOURS, MADE, babble, colored_noise, equalize
 from .mixing import Mixture, active_samples, frame_energy, length_mask, noise_gain, power_over
 from .random_numbers import draw, step_generator
 from .recordings import NoiseBank
 
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
 KINDS = ("real", "babble", *MADE)
+PAD_SAMPLES = SAMPLE_RATE // 2  # batches have whole half seconds
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
 
 
@@ -78,7 +79,10 @@ class AugmentOptions:
     mild_prob: share of the noisy clips whose SNR is drawn from `mild_snr` instead.
     second_noise_prob: share of the noisy clips with a second noise of any kind, 0 to 10 dB under the first.
     noise_only_prob: share of all clips whose speech is silenced (SNR -inf); their target must become empty.
-    real, babble, white, pink, brown: weights of the kinds. talkers: bounds of the number of voices in a babble.
+    real, babble, white, pink, brown, shaped: weights of the kinds. talkers: bounds of the number of voices in a babble.
+    vary_prob: share of the real noises that are played at another speed (`vary_speed`) through a random filter with a
+    deviation of `vary_db`, so that few recordings sound like many. noise_room_prob: share of the noisy clips whose
+    noise passes through a room response of its own.
     """
 
     noise_prob: float = 0.8
@@ -94,6 +98,11 @@ class AugmentOptions:
     white: float = 0.08
     pink: float = 0.07
     brown: float = 0.05
+    shaped: float = 0.0
+    vary_prob: float = 0.0
+    vary_speed: tuple[float, float] = (0.7, 1.4)
+    vary_db: float = 5.0
+    noise_room_prob: float = 0.0
     talkers: tuple[int, int] = (3, 8)
     reverb_prob: float = 0.2
     reverb_seconds: float = 2.0
@@ -115,7 +124,9 @@ class AugmentOptions:
                 raise OptionError(f"{name} must lie between 0 and 1, not {value}")
             if name in KINDS and value < 0:
                 raise OptionError(f"{name} is a weight and can't be negative, not {value}")
-            if name in ("snr", "mild_snr", "gain_db", "talkers") and (len(value) != 2 or value[0] > value[1]):
+            if name in ("snr", "mild_snr", "gain_db", "talkers", "vary_speed") and (
+                len(value) != 2 or value[0] > value[1]
+            ):
                 raise OptionError(f"{name} must be two numbers in order, not {value}")
 
 
@@ -190,7 +201,7 @@ class Augment:
         touched = torch.rand(batch, generator=g) >= o.clean_prob
         chosen = {
             name: (torch.rand(batch, generator=g) < getattr(o, f"{name}_prob")) & touched
-            for name in ("noise", "speed", "reverb", "codec", "clip", "second_noise", "mild")
+            for name in ("noise", "speed", "reverb", "codec", "clip", "second_noise", "mild", "noise_room")
         }
         only = torch.rand(batch, generator=g) < o.noise_only_prob
         noisy = chosen["noise"] | only
@@ -204,6 +215,7 @@ class Augment:
         energy = frame_energy(speech)
         active = active_samples(energy, lengths)
         noise, kind = self._noise(speech, active, lengths, noisy, chosen["second_noise"], g)
+        noise = self._room(noise, lengths, chosen["noise_room"] & noisy, g)
         scale, true_snr = noise_gain(energy, frame_energy(noise), active, onto(audio.device, snr), lengths)
         noise *= scale[:, None]
         if only.any():
@@ -230,6 +242,9 @@ class Augment:
         if not changed:
             return x, lengths
         longest = max([x.shape[-1]] + [math.ceil(x.shape[-1] / speed) for speed in changed])
+        longest = min(
+            N_SAMPLES, -(-longest // PAD_SAMPLES) * PAD_SAMPLES
+        )  # few lengths: each wants FFT plans of its own
         out, lengths = F.pad(x, (0, longest - x.shape[-1])), lengths.clone()
         for speed, index in changed.items():
             y, n = speed_changer(speed, x.device)(x[index], lengths[index])
@@ -277,7 +292,7 @@ class Augment:
         """Noise of one kind, or of several colours, for these rows of the batch. -> [len(rows), S]"""
         count, n_samples = len(rows), speech.shape[-1]
         if kinds[0] == "real" and self.noises is not None:
-            return self.noises.batch(count, n_samples, g).to(speech.device)
+            return self._recorded(count, n_samples, g).to(speech.device)
         if kinds[0] == "babble" and self.speech is not None:
             return self.speech.babble(count, n_samples, g, self.options.talkers).to(speech.device)
         if kinds[0] == "babble":
@@ -285,6 +300,17 @@ class Augment:
         if kinds[0] not in COLOURS:
             return MADE[kinds[0]](count, n_samples, g, speech.device)
         return colored_noise((count, n_samples), torch.tensor([COLOURS[kind] for kind in kinds]), g, speech.device)
+
+    def _recorded(self, count: int, n_samples: int, g: torch.Generator) -> Tensor:
+        """Real noise, some of it varied. -> [count, n_samples]"""
+        assert self.noises is not None
+        o = self.options
+        if not o.vary_prob:
+            return self.noises.batch(count, n_samples, g)
+        varied = torch.rand(count, generator=g) < o.vary_prob
+        speeds = torch.where(varied, draw(o.vary_speed, count, g), 1.0)
+        noise = self.noises.batch(count, n_samples, g, speeds=speeds)
+        return torch.where(onto(noise.device, varied)[:, None], equalize(noise, o.vary_db, g), noise)
 
     def _room(self, x: Tensor, lengths: Tensor, chosen: Tensor, g: torch.Generator) -> Tensor:
         rows = onto(x.device, torch.nonzero(chosen).flatten())

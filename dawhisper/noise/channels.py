@@ -10,6 +10,7 @@ from torch import Tensor
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.distributed import onto
 
+from .generators import filtered
 from .mixing import length_mask
 from .random_numbers import seeds, uniform
 
@@ -44,7 +45,7 @@ def band_limit(x: Tensor, low: Tensor | float = 0.0, high: Tensor | float = SAMP
     rise = ((frequency - low_hz * 0.88) / (low_hz * 0.12).clamp(min=1e-3)).clamp(0, 1)
     fall = ((high_hz * 1.12 - frequency) / (high_hz * 0.12).clamp(min=1e-3)).clamp(0, 1)
     response = (0.5 - 0.5 * torch.cos(math.pi * rise)) * (0.5 - 0.5 * torch.cos(math.pi * fall))
-    return torch.fft.irfft(torch.fft.rfft(x) * response, n=x.shape[-1])
+    return filtered(x, response)
 
 
 def mu_law(x: Tensor, generator: torch.Generator, levels: int = 256) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise that is made: coloured noise, and babble of other clips of speech."""
+"""Noise that is made: coloured noise, noise of a random make, and babble of other clips of speech."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
 from .mixing import frame_energy, unit_power
-from .random_numbers import gaussian, seeds
+from .random_numbers import draw, gaussian, seeds
 
+FFT_ROWS = 16
+SHAPE_KNOTS = 24  # of a random spectrum, evenly spaced over the mel scale
 PIECE = 32  # samples (2 ms) that babble is put together of
 COLOURS = {"white": 0.0, "pink": 1.0, "brown": 2.0}  # exponents, see `colored_noise`
 
@@ -36,8 +38,64 @@ def colored_noise(
         power = onto(device, exponent.reshape(-1, 1)) if isinstance(exponent, Tensor) else exponent
         gain = frequency.pow(-power / 2)
         gain[..., 0].zero_()  # no constant offset; `gain[0] = 0` would wait for the device
-        noise = torch.fft.irfft(torch.fft.rfft(noise) * gain, n=n_samples)
+        noise = filtered(noise, gain)
     return unit_power(noise).view(*shape)
+
+
+def shaped_noise(count: int, n_samples: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Noise of a random make, as machines, traffic and air have: no two alike. -> [count, n_samples], unit power
+
+    A random smooth spectrum (knots with a deviation of 12 dB, over a slope of 0 to 2 times pink), a level that wanders
+    (up to 10 dB, with a knot every 0.1 to 2 s), and in two of five a hum: harmonics of 25 to 400 Hz.
+    """
+    exponent = draw((0.0, 2.0), count, generator)
+    noise = equalize(colored_noise((count, n_samples), exponent, generator, device), 12.0, generator)
+    levels = onto(device, _hum_levels(count, generator))
+    phases = onto(device, torch.rand(count, levels.shape[1], generator=generator))
+    turns = onto(device, 25 * 16 ** torch.rand(count, 1, generator=generator))
+    turns = turns * (torch.arange(n_samples, device=device) / SAMPLE_RATE)  # of the first harmonic
+    for k in range(levels.shape[1]):
+        noise += levels[:, k, None] * (2 * math.pi * (turns * (k + 1) + phases[:, k, None]).frac()).sin()
+    return unit_power(noise * _wandering(count, n_samples, generator, device))
+
+
+def equalize(x: Tensor, deviation_db: float, generator: torch.Generator) -> Tensor:
+    """Each clip through a random smooth filter: knots over the mel scale, normal in dB. x [B, S] -> [B, S]"""
+    knots = onto(x.device, torch.randn(len(x), SHAPE_KNOTS, generator=generator) * deviation_db)
+    frequency = torch.fft.rfftfreq(x.shape[-1], 1 / SAMPLE_RATE, device=x.device)
+    place = (1 + frequency / 700).log() * ((SHAPE_KNOTS - 1) / math.log(1 + SAMPLE_RATE / 2 / 700))
+    low = place.long().clamp(max=SHAPE_KNOTS - 2)
+    gain_db = torch.lerp(knots[:, low], knots[:, low + 1], place - low)
+    return filtered(x, 10 ** (gain_db / 20))
+
+
+def filtered(x: Tensor, response: Tensor) -> Tensor:
+    """Each clip through a filter given by its real response [S // 2 + 1], or one for each [B, S // 2 + 1].
+
+    Rows are filled up to a multiple of 16: each new shape wants a cuFFT plan, with memory outside of torch's own.
+    """
+    rows, n_samples = x.shape
+    spectrum = torch.fft.rfft(F.pad(x, (0, 0, 0, -rows % FFT_ROWS)))
+    spectrum[:rows] *= response
+    return torch.fft.irfft(spectrum, n=n_samples)[:rows]
+
+
+def _hum_levels(count: int, generator: torch.Generator, harmonics: int = 12) -> Tensor:
+    """Amplitudes of the harmonics of a hum beside noise of unit power, most often none at all. -> [count, harmonics]"""
+    has = torch.rand(count, 1, generator=generator) < 0.4
+    level = 10 ** (draw((-15.0, 5.0), count, generator)[:, None] / 20)
+    each = torch.rand(count, harmonics, generator=generator) / (1 + torch.arange(harmonics)) ** 0.7
+    return each * level * has
+
+
+def _wandering(count: int, n_samples: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """A gain that wanders between knots, linear in dB; -> [count, n_samples]"""
+    depth = draw((0.0, 5.0), count, generator)[:, None]
+    knots = onto(device, torch.randn(count, 512, generator=generator) * depth)
+    period = onto(device, 0.1 * 20 ** torch.rand(count, 1, generator=generator))  # seconds between knots
+    place = (torch.arange(n_samples, device=device) / SAMPLE_RATE / period) % 510
+    low = place.long()
+    return 10 ** (torch.lerp(knots.gather(1, low), knots.gather(1, low + 1), place - low) / 20)
 
 
 def babble(
@@ -97,4 +155,7 @@ def of_colour(
 
 # kinds that need no recordings: count, n_samples, generator, device -> [count, n_samples], unit power. A new kind is a
 # function here and its weight in AugmentOptions (augment.py)
-MADE: dict[str, Callable[..., Tensor]] = {kind: partial(of_colour, exponent) for kind, exponent in COLOURS.items()}
+MADE: dict[str, Callable[..., Tensor]] = {
+    **{kind: partial(of_colour, exponent) for kind, exponent in COLOURS.items()},
+    "shaped": shaped_noise,
+}

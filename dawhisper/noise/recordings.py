@@ -87,9 +87,17 @@ class NoiseBank:
         return self.batch(1, n_samples, generator)[0]
 
     def batch(
-        self, count: int, n_samples: int, generator: torch.Generator, exclude: Sequence[int | None] | None = None
+        self,
+        count: int,
+        n_samples: int,
+        generator: torch.Generator,
+        exclude: Sequence[int | None] | None = None,
+        speeds: Tensor | None = None,
     ) -> Tensor:
-        """`count` such stretches. -> float32 [count, n_samples]; row i is never of recording exclude[i]"""
+        """`count` such stretches. -> float32 [count, n_samples]; row i is never of recording exclude[i]
+
+        speeds [count]: how fast each is played, pitch and all.
+        """
         which = torch.randint(len(self), (count,), generator=generator)
         if exclude is not None:
             if len(self) < 2:
@@ -100,8 +108,13 @@ class NoiseBank:
         period = self.lengths[which]
         start = (torch.rand(count, generator=generator, dtype=torch.float64) * period).long()
         offset, period, start = (onto(self.data.device, t)[:, None] for t in (self.offsets[which], period, start))
-        position = offset + (start + torch.arange(n_samples, device=self.data.device)) % period
-        return self.data[position].float() / 32768
+        time = torch.arange(n_samples, device=self.data.device)
+        if speeds is None:
+            return self.data[offset + (start + time) % period].float() / 32768
+        moment = time * onto(self.data.device, speeds)[:, None]
+        whole = moment.long()
+        before, after = (self.data[offset + (start + whole + k) % period].float() for k in (0, 1))
+        return torch.lerp(before, after, moment - whole) / 32768
 
     def babble(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 from dawhisper.data.loader import Batch, make_loader, silence_targets
-from dawhisper.distributed import World
+from dawhisper.distributed import World, onto
 from dawhisper.errors import OptionError
 from dawhisper.model import Whisper
 from dawhisper.noise.augment import NOISE_LEVELS, Augment, spec_augment
@@ -25,7 +25,7 @@ from .inputs import Inputs, pad_tokens
 from .losses import IGNORE, frame_mask, noise_dominance
 from .recipe import Recipe
 
-SPEC_AUGMENT, CONTEXT = 1, 2  # streams of random numbers beside the augmentation's own
+SPEC_AUGMENT, CONTEXT, HELD = 1, 2, 3  # streams of random numbers beside the augmentation's own
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,16 @@ class Batches:
             clean_mel,
             log_mel_spectrogram(pad_or_trim(mixture.noise, n_samples), mels) if o.noise_mel else None,
             noise_dominance(mixture.clean, mixture.noise, n_frames) if o.noise_attention else None,
+            self._held(index, mixture.snr_db) if o.hold_primary or o.hold_secondary else None,
         )
+
+    def _held(self, index: int, snr_db: Tensor) -> Tensor:
+        """Which windows are heard through one branch alone: 1 the primary, 0 the secondary, nan both. -> [B]"""
+        o = self.recipe.objective
+        draw = onto(self.device, torch.rand(len(snr_db), generator=self.augment.generator(index, HELD)))
+        clean, noisy = snr_db == torch.inf, torch.isfinite(snr_db)
+        held = torch.full_like(snr_db, torch.nan).masked_fill(clean & (draw < o.hold_primary), 1.0)
+        return held.masked_fill(noisy & (draw < o.hold_secondary), 0.0)
 
     def _context(self, index: int, n_samples: int) -> int:
         """Encoder positions of this micro-batch: the whole window, or its longest clip and one second more."""

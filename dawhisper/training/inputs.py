@@ -24,6 +24,16 @@ class Inputs(NamedTuple):
     clean_mel: Tensor | None = None  # [B, n_mels, 3000 or 2T] what the teacher hears
     noise_mel: Tensor | None = None  # [B, n_mels, 2T] the noise alone
     dominance: Tensor | None = None  # [B, T] the noise's share of the energy
+    held: Tensor | None = None  # [B] windows heard through one branch alone: the gate's value, nan where it decides
+
+
+class Hypotheses(NamedTuple):
+    """What the student itself said to a micro-batch, N samples a window; see risk.py."""
+
+    tokens: Tensor  # [B * N, n] decoder input
+    labels: Tensor  # [B * N, n] what was said next, losses.IGNORE where there is no loss
+    advantage: Tensor  # [B * N] word errors above the mean of the window's other samples
+    errors: Tensor  # [] mean word errors of a sample, for the log
 
 
 def count(inputs: Inputs) -> Tensor:

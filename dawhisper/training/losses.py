@@ -84,6 +84,26 @@ class _ByRows(torch.autograd.Function):
         return (None, for_logits * gradient.to(for_logits.dtype), *[None] * ctx.n_others)
 
 
+def risk(
+    logits: Tensor, labels: Tensor, advantage: Tensor, temperature: float = 1.0, count: Tensor | None = None
+) -> Tensor:
+    """Each hypothesis' log probability at the temperature at which it was drawn, times its advantage in errors.
+
+    logits [R, n, V]; labels [R, n], IGNORE where there is no loss; advantage [R]: errors above what was expected. The
+    gradient is that of the expected errors (REINFORCE, Williams 1992); the value itself says nothing.
+    """
+
+    def weighed(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        q, label = F.log_softmax(logits.float() / temperature, dim=-1), labels.clamp(min=0)[:, None]
+        weight = weight * (labels != IGNORE)
+        gradient = (-q.exp()).scatter_add(-1, label, torch.ones_like(q[:, :1]))
+        return (q.gather(-1, label)[:, 0] * weight).sum(), gradient * (weight / temperature)[:, None]
+
+    weight = advantage[:, None].expand(labels.shape)
+    total = _ByRows.apply(weighed, logits.flatten(0, 1), labels.flatten(), weight.flatten())
+    return total / _number(labels != IGNORE, count)
+
+
 def distil_features(student: Tensor, teacher: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """Squared error over the teacher's variance; features [B, N, d] (N frames or tokens), mask [B, N] bool.
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dawhisper.model import Whisper
 from dawhisper.trace import Trace
 
 from . import losses
-from .inputs import Inputs
-from .option_types import Scale, Several
+from .inputs import Hypotheses, Inputs
+from .option_types import Scale, Several, Share
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class ObjectiveOptions:
     cross_entropy: transcripts, or the teacher's text; silence: noise-only windows get Whisper's no-speech target;
     logits, encoder, attention: label-free distillation from the teacher (encoder: the secondary's memory learns it
     where it has layers of its own, else the encoder output); gate: supervision by the mixture's SNR;
+    primary: the primary's encoder output learns the teacher's too, where there is no noise: cut to the length of the
+    audio it must give what Whisper gives of 30 s; hold_primary, hold_secondary: share of the windows without and with
+    noise that are heard through that branch alone, so that each can stand for itself.
+    risk: expected word errors of the student's own hypotheses, see risk.py: risk_samples of each window, drawn at
+    risk_temperature.
     noise_attention, noise_mel: what the secondary branch should know of the noise (`noise_layers`: which decoder
     layers attend to it, None = all).
     """
@@ -43,6 +49,12 @@ class ObjectiveOptions:
     gate: float = 0.1
     gate_centre_db: float = 7.5
     gate_width_db: Scale = 5.0
+    primary: float = 0.0
+    hold_primary: Share = 0.0
+    hold_secondary: Share = 0.0
+    risk: float = 0.0
+    risk_samples: Annotated[int, Field(ge=2)] = 4
+    risk_temperature: Scale = 0.6
     noise_attention: float = 0.0
     noise_layers: Several[int] | None = None
     noise_mel: float = 0.0
@@ -65,6 +77,7 @@ class Heard(NamedTuple):
     attention: tuple[Tensor, ...]  # [B, n, d] by layer: fused cross-attention output
     gate: tuple[Tensor, ...]  # [B, n] by layer
     scores: tuple[Tensor, ...]  # [B, h, n, T] by layer: the secondary's attention before the softmax
+    said: Tensor | None = None  # [B * N, n, V] logits of the student's own hypotheses
 
 
 class Teacher(nn.Module):
@@ -103,26 +116,34 @@ class Student(nn.Module):
         if options.noise_mel:
             self.noise_head = nn.Linear(model.dims.n_audio_state, model.dims.n_mels)
 
-    def forward(self, inputs: Inputs, lesson: Lesson | None, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, inputs: Inputs, lesson: Lesson | None, counts: Tensor, hypotheses: Hypotheses | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss, and its parts unweighted and detached, with the gate's sums on clean and noisy windows.
 
         counts [5]: what `count` gives, summed over the step's micro-batches and devices, over the number of devices.
         """
-        return self.score(self.hear(inputs), inputs, lesson, counts)
+        return self.score(self.hear(inputs, hypotheses), inputs, lesson, counts, hypotheses)
 
-    def hear(self, inputs: Inputs) -> Heard:
+    def hear(self, inputs: Inputs, hypotheses: Hypotheses | None = None) -> Heard:
         o, model = self.options, self.model
         wanted = model.dual is not None or o.attention
         trace = Trace(attention=bool(o.noise_attention)) if wanted else None
         features = model.encode(inputs.mel)
-        logits = model.decoder(inputs.tokens, features, trace=trace, dtype=None)
+        logits = model.decoder(inputs.tokens, features, trace=trace, dtype=None, held=inputs.held)
+        said = None if hypotheses is None else model.decoder(hypotheses.tokens, features, dtype=None)
         if trace is None:
-            return Heard(logits, *features, (), (), ())
-        parts = (trace.output, trace.gate, trace.secondary)
-        return Heard(logits, *features, *(tuple(part.values()) for part in parts))
+            return Heard(logits, *features, (), (), (), said)
+        attention, gate, scores = (tuple(part.values()) for part in (trace.output, trace.gate, trace.secondary))
+        return Heard(logits, *features, attention, gate, scores, said)
 
     def score(
-        self, heard: Heard, inputs: Inputs, lesson: Lesson | None, counts: Tensor
+        self,
+        heard: Heard,
+        inputs: Inputs,
+        lesson: Lesson | None,
+        counts: Tensor,
+        hypotheses: Hypotheses | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         o, labels, snr_db = self.options, inputs.labels, inputs.snr_db
         n_speech, n_silence, n_target, n_frame, n_noisy = counts.unbind()
@@ -141,6 +162,9 @@ class Student(nn.Module):
         if lesson is not None and lesson.encoder is not None:
             memory = heard.secondary if self.model.encoder.secondary_blocks else heard.primary
             parts["encoder"] = losses.distil_features(memory, lesson.encoder, inputs.frames, n_frame)
+            if o.primary:
+                quiet = inputs.frames & (snr_db == torch.inf)[:, None]  # in noise the primary may hear what it hears
+                parts["primary"] = losses.distil_features(heard.primary, lesson.encoder, quiet, n_frame)
         if lesson is not None and lesson.attention is not None:
             each = [
                 losses.distil_features(mine, taught, speech, n_speech)
@@ -160,8 +184,14 @@ class Student(nn.Module):
             predicted = self.noise_head(heard.secondary)
             parts["noise_mel"] = losses.noise_mel(predicted, inputs.noise_mel, inputs.frames, n_frame)
 
+        if heard.said is not None and hypotheses is not None:
+            drawn = (hypotheses.labels, hypotheses.advantage, o.risk_temperature)
+            parts["risk"] = losses.risk(heard.said, *drawn, count=o.risk_samples * n_speech)
+
         total = torch.stack([getattr(o, name) * value for name, value in parts.items()]).sum()
         report = {name: value.detach() for name, value in parts.items()}
+        if hypotheses is not None:
+            report["sampled_errors"] = hypotheses.errors
         if gate is not None:
             report |= mean_gate(gate.detach(), snr_db, target)
         return total, report

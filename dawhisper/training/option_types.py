@@ -11,3 +11,4 @@ Several = Annotated[tuple[T, ...], BeforeValidator(lambda x: tuple(x) if isinsta
 Text = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) in (int, float) else x)]  # a name may be a number
 Count = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(ge=1e-3)]
+Share = Annotated[float, Field(ge=0, le=1)]

@@ -124,8 +124,9 @@ class LoopOptions:
     choice); fsdp: shard weights and optimiser over the devices; deterministic: bit-for-bit repeatable on a GPU too,
     slower.
     variable_ctx: share of steps that encode only as long as the batch's longest clip, rounded up to `ctx_multiple`
-    encoder positions. max_bad_steps: non-finite steps in a row that end the run. memory_share: of the GPU's memory that
-    this process may take, for several runs side by side.
+    encoder positions. save_every, save_minutes: a snapshot and the weights after so many steps, and at the first line
+    of the log after so many minutes (0: by steps alone). max_bad_steps: non-finite steps in a row that end the run.
+    memory_share: of the GPU's memory that torch may take; cuFFT and the like want some of their own beside it.
     """
 
     steps: Count = 1500
@@ -141,9 +142,10 @@ class LoopOptions:
     ctx_multiple: Count = 250
     log_every: Count = 10
     save_every: Count = 500
+    save_minutes: float = 10.0
     keep: Count = 2
     max_bad_steps: int = 20
-    memory_share: float = 1.0
+    memory_share: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,15 @@ class Recipe:
             raise OptionError("loop.fsdp goes with neither optim.ema nor loop.precision=fp16; use bf16 and no average")
         if self.loop.graph and (self.loop.fsdp or self.loop.precision == "fp16"):
             raise OptionError("loop.graph goes with neither loop.fsdp nor loop.precision=fp16; use bf16, unsharded")
-        single = [k for k in ("gate", "noise_attention", "noise_mel") if getattr(self.objective, k)]
+        if self.objective.risk and (self.loop.graph or self.loop.fsdp):
+            raise OptionError(
+                "objective.risk goes with neither loop.graph nor loop.fsdp: it samples between the passes"
+            )
+        single = [
+            k
+            for k in ("hold_primary", "hold_secondary", "gate", "noise_attention", "noise_mel")
+            if getattr(self.objective, k)
+        ]
         if not self.model.dual and single:
             raise OptionError(f"model.dual is false, so nothing has a gate: set objective.{single[0]} to 0")
 

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ from .objective import Student, Teacher
 from .optimizer import Average, make_optimizer
 from .parallel import attention_kernel, parallelise
 from .recipe import Recipe, differences, to_dict
+from .risk import Sampler
 from .surgery import check_teacher, freeze, shrink, taught_layers
 
 
@@ -60,17 +62,22 @@ class Run:
         self.optimizer = make_optimizer(self.student, recipe.optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp is torch.float16)
+        self.sampler = (
+            Sampler(self.model, recipe.objective, self.amp or torch.float32) if recipe.objective.risk else None
+        )
         self.passes = Replay(self._passes) if loop.graph else self._passes
         self.evaluate = Evaluator(self) if recipe.data.dev and recipe.evaluate.every else None
         self.step, self.best, self.stale = 0, math.inf, 0
+        self.saved = time.monotonic()
         self.bad_steps = torch.zeros(2, device=world.device)
         if resumed is not None:
             self.restore(resumed)
 
     def _passes(self, inputs: Inputs, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        hypotheses = None if self.sampler is None else self.sampler(self.model, inputs)
         with numerics(self.recipe.loop.attention, self.amp, self.world.device):
             lesson = None if self.teacher is None else self.teacher(inputs)
-            loss, report = self.parallel(inputs, lesson, counts)
+            loss, report = self.parallel(inputs, lesson, counts, hypotheses)
             self.scaler.scale(loss).backward()
         return loss.detach(), report
 
@@ -82,7 +89,7 @@ class Run:
         return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
     def save(self) -> None:
-        """Write a snapshot that `restore` goes on from, and what of the data was dropped."""
+        """Write a snapshot that `restore` goes on from, the weights by themselves, and what of the data was dropped."""
         sharded = self.recipe.loop.fsdp
         state = {
             "step": self.step,
@@ -103,7 +110,8 @@ class Run:
             for what, why in (found for report in reports for found in report):
                 merged.add(what, why)
             merged.write(self.out / "dropped.jsonl")
-        self.world.wait()
+        self.save_weights("last.safetensors")
+        self.saved = time.monotonic()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a snapshot."""
@@ -206,6 +214,8 @@ def compile_mode(mode: str, device: torch.device) -> str:
 def set_numerics(recipe: Recipe) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     torch.backends.cudnn.allow_tf32 = True
+    if torch.cuda.is_available():
+        torch.backends.cuda.cufft_plan_cache.max_size = 64  # each plan has memory outside of torch's pool
     if recipe.loop.memory_share < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(recipe.loop.memory_share)
     torch.manual_seed(recipe.seed)  # the new weights are the same on every device; data has generators of its own
@@ -260,6 +270,13 @@ def dry_run_report(world: World) -> str:
     return f"dry run: {used / 2**30:.1f} GiB of memory at most; nothing was written"
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was short: torch says so, the libraries beside it only that something failed."""
+    signs = ("out of memory", "CUFFT_INTERNAL_ERROR", "CUFFT_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+    signs += ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
 def out_of_memory(recipe: Recipe) -> str:
     data, loop = recipe.data, recipe.loop
     ways = [f"data.batch_size (now {data.batch_size}; loop.accumulate makes up for it)"]
@@ -267,6 +284,8 @@ def out_of_memory(recipe: Recipe) -> str:
         ways.append("or set loop.gradient_checkpointing=true")
     if data.in_memory:
         ways.append("or data.in_memory=false")
+    if loop.memory_share > 0.8:
+        ways.append("or loop.memory_share=0.75, which leaves more to cuFFT and the like")
     if not loop.fsdp:
         ways.append("or on several devices loop.fsdp=true")
     return f"out of memory: lower {', '.join(ways)}"
