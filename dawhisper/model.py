@@ -224,9 +224,7 @@ class AudioEncoder(nn.Module):
                     mine.load_state_dict(block.state_dict())
                 self.secondary_ln_post.load_state_dict(self.ln_post.state_dict())
         if dual.layer_mixture:
-            mixture = torch.zeros(n_layer)
-            mixture[-1] = 1
-            self.mixture = nn.Parameter(mixture)
+            self.mixture = nn.Parameter(F.one_hot(torch.tensor(n_layer - 1), n_layer).float())  # the last alone
 
     @staticmethod
     def mix(x: Tensor, share: Tensor, mixed: Tensor | None) -> Tensor:
@@ -253,10 +251,9 @@ class AudioEncoder(nn.Module):
             for block in self.secondary_blocks:
                 own = maybe_checkpoint(self, block, own)
             last = self.secondary_ln_post(own)
-        if self.mixture is None:
-            return AudioFeatures(x, last)
-        last = self.mixture[-1] * last
-        return AudioFeatures(x, last if mixed is None else mixed + last)
+        if self.mixture is not None:
+            last = self.mixture[-1] * last if mixed is None else mixed + self.mixture[-1] * last
+        return AudioFeatures(x, last)
 
 
 class DecoderBlock(nn.Module):
@@ -279,8 +276,7 @@ class DecoderBlock(nn.Module):
         self.noise_scale: Any = None
 
     def add_second_branch(self, dual: DualOptions) -> None:
-        d = self.attn_ln.weight.numel()
-        self.secondary_attn = MultiHeadAttention(d, self.n_head)
+        self.secondary_attn = MultiHeadAttention(d := self.attn_ln.weight.numel(), self.n_head)
         if dual.init == "copy":
             self.secondary_attn.load_state_dict(self.cross_attn.state_dict())
         last = nn.Linear(dual.gate_hidden, 1)
@@ -299,17 +295,11 @@ class DecoderBlock(nn.Module):
         return CrossMemory(key, value, self.secondary_attn.key_value(features.secondary), noise)
 
     def forward(
-        self,
-        x: Tensor,
-        memory: CrossMemory,
-        cache: Cache | None,
-        layer: int,
-        query: bool = False,
-        held: Tensor | None = None,
+        self, x: Tensor, memory: CrossMemory, cache: Cache | None, layer: int, query: bool, held: Tensor | None
     ) -> tuple[Tensor, Fused]:
         """x [R, n, d] -> [R, n, d], and what the cross-attentions gave, with their query if it is asked for.
 
-        held [B]: a window's gate is held at this value; where it is not a number, the gate decides.
+        held [B, 1, 1]: a window's gate is held at this value; where it is not a number, the gate decides.
         """
         x = x + self.self_attention(self.attn_ln(x), cache, layer)
         # the rows of one window share its memory: they stand side by side as queries, nothing is copied
@@ -340,11 +330,9 @@ class DecoderBlock(nn.Module):
             read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
         p, s = primary.out(merge(read)), secondary.out(merge(read2))
         gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
-        share = gate
-        if held is not None:
-            share = torch.where(held.isnan()[:, None, None], gate, held[:, None, None].to(gate.dtype))
-        fused = torch.lerp(s, p, share)  # a p + (1 - a) s, and exactly p where s equals p
-        return Fused(fused, gate, q if query else None)
+        share = gate if held is None else torch.where(held.isnan(), gate, held.to(gate.dtype))
+        # a p + (1 - a) s, and exactly p where s equals p
+        return Fused(torch.lerp(s, p, share), gate, q if query else None)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -395,8 +383,7 @@ class TextDecoder(nn.Module):
         """tokens [R, n] -> logits [R, n, V] of type `dtype`; None leaves them as they are computed.
 
         With a cache the tokens follow those already in it, and the audio is the cache's; without one, `features`
-        gives the audio. `positions` limits the logits to some of the n tokens, in the order given. `held` [B] holds
-        the gate of windows at a value in [0, 1]; where it is not a number, the gate decides.
+        gives the audio. `positions` limits the logits to some of the n tokens, in the order given. held: see the block.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -149,6 +150,25 @@ def test_early_stop_and_the_last_checkpoints(world: dict[str, Path], tmp_path: P
     assert len(rates) < 9 and min(rates[-2:]) >= min(rates[:-2])
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*.pt"))
     assert kept == [f"checkpoint-{step:07d}.pt" for step in (len(rates) - 1, len(rates))]
+
+
+def test_snapshots_by_minutes_hold_a_model(world: dict[str, Path], tmp_path: Path) -> None:
+    run(
+        world, tmp_path, "loop.steps=3", "loop.save_minutes=1e-6", "loop.save_every=100", "loop.keep=9", "optim.ema=0.5"
+    )
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*.pt"))
+    assert kept == [f"checkpoint-{step:07d}.pt" for step in (1, 2, 3)]
+    assert read_config(tmp_path / "last.safetensors")["recipe"]["step"] == 3
+
+
+def test_branches_held_alone_and_expected_errors(world: dict[str, Path], tmp_path: Path) -> None:
+    run(
+        world, tmp_path, "loop.steps=2", "objective.primary=1", "objective.hold_primary=0.5", "objective.risk=1",
+        "objective.hold_secondary=0.5", "objective.risk_samples=2", "augment.shaped=1", "augment.vary_prob=1",
+    )  # fmt: skip
+    for line in records(tmp_path):
+        assert math.isfinite(line["loss/risk"]) and math.isfinite(line["loss/primary"])
+        assert line["loss/sampled_errors"] >= 0
 
 
 def test_a_damaged_checkpoint_is_refused(world: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
@@ -331,16 +351,20 @@ def test_dry_run(world: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR")]
+)
 def test_out_of_memory_says_what_to_lower(
-    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: RuntimeError
 ) -> None:
     def fail(*args: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(Student, "score", fail)
     assert train.main(arguments(world, tmp_path)) == 1
-    error = capsys.readouterr().err
-    assert "data.batch_size (now 4" in error and "gradient_checkpointing" in error and error.count("\n") == 1
+    told = capsys.readouterr().err
+    assert "data.batch_size (now 4" in told and "gradient_checkpointing" in told and told.count("\n") == 1
+    assert "loop.memory_share" in told
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class StaticKVCache(KVCache):
         mask = (self.columns[:span] <= self.position)[None]
         for block, memory, (keys, values) in zip(decoder.blocks, self.memories, self.rows_states):
             slot: Any = LayerSlot(keys[:, :, :span], values[:, :, :span], self.position, mask)
-            x, _ = block(x, memory, slot, 0)  # the slot is the layer's own
+            x, _ = block(x, memory, slot, 0, False, None)  # the slot is the layer's own
         return decoder.logits(x)[:, 0]
 
     def _fused_step(self, decoder: TextDecoder, span: int, x: Tensor) -> Tensor:

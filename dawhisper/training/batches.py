@@ -156,12 +156,12 @@ class Batches:
         )
 
     def _held(self, index: int, snr_db: Tensor) -> Tensor:
-        """Which windows are heard through one branch alone: 1 the primary, 0 the secondary, nan both. -> [B]"""
+        """Which windows are heard through one branch alone: 1 the primary, 0 the secondary, nan both. -> [B, 1, 1]"""
         o = self.recipe.objective
         draw = onto(self.device, torch.rand(len(snr_db), generator=self.augment.generator(index, HELD)))
         clean, noisy = snr_db == torch.inf, torch.isfinite(snr_db)
         held = torch.full_like(snr_db, torch.nan).masked_fill(clean & (draw < o.hold_primary), 1.0)
-        return held.masked_fill(noisy & (draw < o.hold_secondary), 0.0)
+        return held.masked_fill(noisy & (draw < o.hold_secondary), 0.0)[:, None, None]
 
     def _context(self, index: int, n_samples: int) -> int:
         """Encoder positions of this micro-batch: the whole window, or its longest clip and one second more."""

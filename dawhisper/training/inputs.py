@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     clean_mel: Tensor | None = None  # [B, n_mels, 3000 or 2T] what the teacher hears
     noise_mel: Tensor | None = None  # [B, n_mels, 2T] the noise alone
     dominance: Tensor | None = None  # [B, T] the noise's share of the energy
-    held: Tensor | None = None  # [B] windows heard through one branch alone: the gate's value, nan where it decides
+    held: Tensor | None = None  # [B, 1, 1] windows heard through one branch alone: the gate, nan where it decides
 
 
 class Hypotheses(NamedTuple):

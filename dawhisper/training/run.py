@@ -272,8 +272,10 @@ def dry_run_report(world: World) -> str:
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
     """Whether memory was short: torch says so, the libraries beside it only that something failed."""
-    signs = ("out of memory", "CUFFT_INTERNAL_ERROR", "CUFFT_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-    signs += ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    signs = (
+        *("out of memory", "CUFFT_INTERNAL_ERROR", "CUFFT_ALLOC_FAILED"),
+        *("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED"),
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
