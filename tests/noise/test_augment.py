@@ -48,6 +48,9 @@ EVERYTHING = AugmentOptions(
     codec_prob=0.5,
     speed_prob=0.5 * torchaudio_loads(),
     clip_prob=0.3,
+    shaped=0.2,
+    vary_prob=0.5,
+    noise_room_prob=0.4,
 )
 
 

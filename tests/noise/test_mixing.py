@@ -10,7 +10,7 @@ import torch
 from helpers.noise import bank, generator, voices
 
 from dawhisper.noise.augment import KINDS
-from dawhisper.noise.generators import babble, colored_noise
+from dawhisper.noise.generators import babble, colored_noise, shaped_noise
 from dawhisper.noise.mixing import active_mask, active_power, add_noise, measure_snr
 
 
@@ -31,6 +31,7 @@ def test_add_noise_reaches_the_snr_over_active_speech(kind: str) -> None:
         "white": lambda: colored_noise(speech.shape, 0, generator(1)),
         "pink": lambda: colored_noise(speech.shape, 1, generator(1)),
         "brown": lambda: colored_noise(speech.shape, 2, generator(1)),
+        "shaped": lambda: shaped_noise(*speech.shape, generator(1)),
     }[kind]()
     asked = torch.tensor([-10.0, -5.0, 0.0, 5.0, 20.0, 40.0])
     mixture, scaled = add_noise(speech, noise, asked, lengths)

@@ -63,3 +63,13 @@ def test_bank_loops_short_recordings_and_repeats_with_the_generator() -> None:
     assert set(step.tolist()) <= {1.0, -99.0} and (step == -99).sum() >= 2
     assert torch.equal(bank().batch(4, 3000, generator(7)), bank().batch(4, 3000, generator(7)))
     assert not torch.equal(bank().batch(4, 3000, generator(7)), bank().batch(4, 3000, generator(8)))
+
+
+def test_recordings_are_played_at_the_asked_speed() -> None:
+    tone = np.sin(2 * np.pi * 500 * np.arange(RATE) / RATE)
+    bank = NoiseBank([(0.5 * tone * 32767).astype(np.int16)])
+    played = bank.batch(3, RATE, generator(), speeds=torch.tensor([1.0, 0.5, 1.5]))
+    heights = torch.fft.rfft(played).abs().argmax(-1).tolist()
+    assert heights == pytest.approx([500, 250, 750], abs=2)
+    plain = bank.batch(3, RATE, generator())
+    torch.testing.assert_close(played[0], plain[0], atol=1e-4, rtol=0)

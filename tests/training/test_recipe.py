@@ -28,7 +28,17 @@ def complaint(path: Path, *overrides: str) -> str:
 
 def test_the_project_has_its_recipes() -> None:
     names = {path.stem for path in CONFIGS}
-    assert {"base_noise", "everything", "stage1", "stage2", "single_branch", "distil", "tiny_cpu"} <= names
+    assert {
+        "base_noise",
+        "fewer_errors",
+        "whisper_at_rest",
+        "everything",
+        "stage1",
+        "stage2",
+        "single_branch",
+        "distil",
+        "tiny_cpu",
+    } <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -68,11 +78,19 @@ def test_azerbaijani_learns_from_transcripts_and_keeps_one_course_over_both_stag
     assert two.model.name == f"{one.out}/best.safetensors" and two.model.teacher == one.model.name
 
 
+def test_the_second_stage_goes_on_from_the_first_at_lower_rates() -> None:
+    one, two = (read_recipe(next(p for p in CONFIGS if p.stem == name)) for name in ("base_noise", "fewer_errors"))
+    assert two.model.name == f"{one.out}/last.safetensors" and two.model.teacher == one.model.name
+    assert two.objective.risk > 0 == one.objective.risk
+    assert two.optim.lr < one.optim.lr and two.optim.lr_new < one.optim.lr_new and two.optim.lr_gate < one.optim.lr_gate
+
+
 def test_the_control_trains_the_encoder_in_place_of_a_second_branch() -> None:
     both = {path.stem: to_dict(read_recipe(path)) for path in CONFIGS}
     changed = {line.split(":")[0] for line in differences(both["base_noise"], both["single_branch"])}
-    assert changed == {"out", "model.dual", "objective.gate", "freeze", "optim.lr"}
-    assert both["single_branch"]["freeze"] == ["primary"] and both["base_noise"]["freeze"] == ["encoder", "primary"]
+    alone = {f"objective.{name}" for name in ("gate", "primary", "hold_primary", "hold_secondary")}
+    assert changed == {"out", "model.dual", "freeze", "optim.lr"} | alone
+    assert both["single_branch"]["freeze"] == ["primary"] and both["base_noise"]["freeze"] == []
     assert both["single_branch"]["optim"]["lr"] == both["base_noise"]["optim"]["lr_new"]
 
 

@@ -96,10 +96,10 @@ def test_learning_lowers_the_errors_of_samples(model: Whisper) -> None:
     learner = Whisper(MULTILINGUAL, DualOptions(memory_layers=1), variable_audio_ctx=True)
     learner.load_state_dict(model.state_dict())
     inputs, sampler = batch(learner, ["one", "two"], [5.0] * 2), Sampler(learner, OPTIONS, torch.float32)
-    student, optimizer = Student(learner, OPTIONS), torch.optim.Adam(learner.parameters(), lr=1e-2)
+    student, optimizer = Student(learner, OPTIONS), torch.optim.Adam(learner.parameters(), lr=2e-2)
     counts = torch.tensor([4.0, 0, 4, 1, 1])
     errors = []
-    for _ in range(12):
+    for _ in range(8):
         said = sampler(learner, inputs)
         errors.append(said.errors.item())
         loss, parts = student(inputs, None, counts, said)
@@ -107,7 +107,7 @@ def test_learning_lowers_the_errors_of_samples(model: Whisper) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert sum(errors[-4:]) < 0.7 * sum(errors[:4])
+    assert sum(errors[-3:]) < 0.7 * sum(errors[:3])
 
 
 @pytest.mark.parametrize("held", [0.0, 1.0, math.nan])
