@@ -75,7 +75,7 @@ def test_a_block_is_the_plain_block(name: str, group: int, int8: bool) -> None:
     fill(room, memory)
     position = torch.tensor([5], device=DEVICE)
     got = token_step.block_step(block, token_step.StepWeights(block), room, states, position, 16, x[:, 0])
-    expected = block(x, cache.memories[0], cache, 0)[0][:, 0]
+    expected = block(x, cache.memories[0], cache, 0, False, None)[0][:, 0]
     torch.testing.assert_close(got, expected, atol=ROUNDED if int8 else EXACT, rtol=0)
     torch.testing.assert_close(states[..., :6, :], cache.states[0][..., :6, :], atol=EXACT, rtol=0)
 
