@@ -126,7 +126,7 @@ def _read_file(path: Path, report: Report) -> list[Utterance]:
     if path.suffix == ".tar":
         return read_shard(path, report)
     utterances = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:  # a line that is not UTF-8 is one to report
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.errors import DataError, OptionError
-from dawhisper.files import AUDIO_SUFFIXES, audio_files, write_lines
+from dawhisper.files import AUDIO_SUFFIXES, audio_files, reading_text, write_lines
 from dawhisper.options import option
 
 from .manifest import (
@@ -63,6 +63,7 @@ class PrepareOptions:
         None, "librispeech, commonvoice, fleurs, ljspeech, folder, table or manifest; found out by default"
     )
     language: str | None = option(None, "of the speech, where the source does not tell it")
+    encoding: str | None = option(None, "of the texts; UTF-8, or what a byte order mark tells, by default")
     split: tuple[float, float, float] | None = option(
         None,
         "shares by speaker, 0.9 0.05 0.05 for speech; the release's own splits, if it has any, unless given",
@@ -205,7 +206,7 @@ def _librispeech(root: Path, options: PrepareOptions, report: Report) -> Iterato
         subset = transcript.parent.parent.parent.name
         official = next((s for s in SPLITS if subset.startswith(s)), None)
         files = {f.stem: f for f in transcript.parent.iterdir() if f.suffix.lower() in AUDIO_SUFFIXES}
-        for line in _lines(transcript):
+        for line in _lines(transcript, options.encoding):
             name, _, text = line.partition(" ")
             audio = files.get(name, transcript.parent / f"{name}.flac")
             yield _item(audio, text, options.language or "en", f"libri-{speaker}", subset, official)
@@ -245,7 +246,7 @@ def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterat
             if not (folder / f"{name}.tsv").is_file():
                 continue
             here: set[str] = set()
-            for row in _rows(folder / f"{name}.tsv", "\t"):
+            for row in _rows(folder / f"{name}.tsv", "\t", options.encoding):
                 speaker, path = row.get("client_id") or None, row.get("path") or ""
                 here.add(path)
                 if name in ("test", "dev"):
@@ -278,7 +279,7 @@ def _fleurs(root: Path, options: PrepareOptions, report: Report) -> Iterator[Ite
             if not (folder / f"{split}.tsv").is_file():
                 continue
             audio = _fleurs_audio(folder, split, Path(options.out), report)
-            for line in _lines(folder / f"{split}.tsv"):
+            for line in _lines(folder / f"{split}.tsv", options.encoding):
                 columns = line.split("\t")
                 text = columns[2] if len(columns) > 2 else None
                 file = audio / columns[1] if len(columns) > 1 else folder / f"{split}.tsv"
@@ -310,7 +311,7 @@ def _fleurs_audio(folder: Path, split: str, out: Path, report: Report) -> Path:
 
 def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
     """metadata.csv (id|text|normalised text) and wavs/ID.wav"""
-    for line in _lines(root / "metadata.csv"):
+    for line in _lines(root / "metadata.csv", options.encoding):
         columns = line.split("|")
         text = columns[-1] if len(columns) > 1 else None
         yield _item(root / "wavs" / f"{columns[0]}.wav", text, options.language or "en", "ljspeech", "ljspeech")
@@ -325,7 +326,7 @@ def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[Ite
             yield _item(file, None, None, None, below or root.name)
             continue
         beside = file.with_suffix(".txt")
-        text = beside.read_text("utf-8-sig", errors="replace") if beside.is_file() else None
+        text = "\n".join(_lines(beside, options.encoding)) if beside.is_file() else None
         yield _item(file, text, options.language, below, root.name)
 
 
@@ -350,7 +351,7 @@ COLUMNS = {
 
 def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
     """A CSV or TSV whose header names its columns (see COLUMNS), or without header: audio, text."""
-    first = next(_lines(source), "")
+    first = next(_lines(source, options.encoding), "")
     delimiter = "\t" if source.suffix.lower() == ".tsv" else max(",;|\t", key=first.count)
     header = [name.strip().strip('"').lower() for name in first.split(delimiter)]
     named = {key: next((n for n in names if n in header), None) for key, names in COLUMNS.items()}
@@ -359,9 +360,9 @@ def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[It
             raise DataError(f"{source}: no column of audio files; name it one of {', '.join(COLUMNS['audio'])}")
         named = dict.fromkeys(COLUMNS) | {"audio": "0", "text": "1"}
         header = [str(k) for k in range(len(header))]
-        rows = _rows(source, delimiter, header)
+        rows = _rows(source, delimiter, options.encoding, header)
     else:
-        rows = _rows(source, delimiter)
+        rows = _rows(source, delimiter, options.encoding)
     for number, row in enumerate(rows, 1):
         cell = {key: (row.get(name) or "").strip() or None for key, name in named.items() if name}
         if not cell.get("audio"):
@@ -414,14 +415,16 @@ def _clean(text: str | None) -> str | None:
     return None if text is None else " ".join(text.split())
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+    with reading_text(path, encoding) as file:
         yield from (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip())
 
 
-def _rows(path: Path, delimiter: str, header: list[str] | None = None) -> Iterator[dict[str, str]]:
+def _rows(
+    path: Path, delimiter: str, encoding: str | None, header: list[str] | None = None
+) -> Iterator[dict[str, str]]:
     """Rows of a table as dicts; the header's names in lower case. In a tab-separated file quotes are plain letters."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with reading_text(path, encoding) as file:
         csv.field_size_limit(10_000_000)
         if delimiter == "\t":
             reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dawhisper.cli import main
 from dawhisper.data import prepare as module
 from dawhisper.data.loader import Report, TargetOptions, Utterance, make_loader, read_audio, read_manifest
 from dawhisper.data.prepare import PrepareOptions, PrepareReport, assign_splits, encode_audio, prepare
@@ -455,3 +457,55 @@ def test_label_with_writes_the_teachers_text(tiny_en_path: Path, assets: Path, t
     assert all(u.teacher_text is not None and u.teacher_language == "en" for u in utterances)
     assert any(u.teacher_text for u in utterances)
     assert len((tmp_path / "out" / ".labelled.jsonl").read_text().splitlines()) == len(clips)
+
+
+# ---- encodings
+
+
+def write_table(folder: Path, encoding: str, text: str = "café à la crème", mark: bytes = b"") -> Path:
+    write_pcm(folder / "b.wav", encoding)
+    path = folder / "table.csv"
+    path.write_bytes(mark + f"path,text,language\nb.wav,{text},fr\n".encode(encoding))
+    return path
+
+
+def write_pcm(path: Path, seed: str) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        noise = np.random.default_rng(len(seed)).integers(-3000, 3000, 16000)
+        file.writeframes(noise.astype("<i2").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark", "given"),
+    [
+        ("utf-8", b"", None),
+        ("utf-8-sig", b"", None),
+        ("utf-16", b"", None),  # python writes the mark
+        ("utf-16-be", codecs.BOM_UTF16_BE, None),
+        ("utf-32", b"", None),
+        ("cp1252", b"", "cp1252"),
+        ("utf-16-le", b"", "utf-16-le"),
+    ],
+)
+def test_texts_in_their_encoding(encoding: str, mark: bytes, given: str | None, tmp_path: Path) -> None:
+    table = write_table(tmp_path, encoding, mark=mark)
+    prepare(PrepareOptions(str(table), str(tmp_path / "out"), encoding=given, workers=1, progress=False))
+    lines = [line for path in (tmp_path / "out").glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    assert any(json.loads(line).get("text") == "café à la crème" for line in lines)
+
+
+def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path, "cp1252")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_pcm(folder / "a.wav", "x")
+    (folder / "a.txt").write_bytes("one\nzwölf".encode("latin-1"))
+    for source, line in ((table, "table.csv:2"), (folder, "a.txt:2")):
+        assert main(["prepare", str(source), "--out", str(tmp_path / "o"), "--workers", "1"]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line in error and "not UTF-8" in error and "--encoding" in error
+    assert main(["prepare", str(table), "--out", str(tmp_path / "o"), "--encoding", "klingon"]) == 1
+    assert "klingon" in capsys.readouterr().err
