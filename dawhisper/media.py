@@ -35,6 +35,7 @@ LONGEST_BLOCK = 480_000  # samples of silence given at once
 RATES = (1000, 2_000_000)  # samples per second; others are damage, and would make hours of a second
 TOO_LOUD = 2.0  # codecs overshoot 1 a little, which is cut; beyond this the samples have another scale
 CANCELLED = 0.02  # power of the sum of all channels over the sum of their powers: 1 for unrelated ones
+MOST_PLANES = 7
 EQUAL_PACKETS = ("mp3", "mp3float", "mp2", "mp2float", "mp1", "mp1float", "ac3", "eac3", "dca")
 
 
@@ -196,13 +197,23 @@ class _Mixer:
         self.rate, self.format, self.channels = _kind(frame)
         self.resampler = None if sr == self.rate else av.AudioResampler(format="fltp", layout="mono", rate=sr)
         self.waiting = av.AudioFifo()
+        # PyAV reads beyond the memory of planar frames of eight channels and more
+        crowded = frame.format.is_planar and self.channels > MOST_PLANES
+        self.packer = av.AudioResampler(frame.format.packed.name, frame.layout, self.rate) if crowded else None
 
     def fits(self, frame: AudioFrame) -> bool:
         return (self.rate, self.format, self.channels) == _kind(frame)
 
     def add(self, frame: AudioFrame) -> Iterator[np.ndarray]:
+        import av
+
         frame.pts = None  # _placed has seen to the times
-        self.waiting.write(frame)
+        try:
+            for part in [frame] if self.packer is None else self.packer.resample(frame):
+                part.pts = None
+                self.waiting.write(part)
+        except (av.FFmpegError, ValueError) as e:  # its channels can't be told apart
+            self.media.errors.append(reason(e))
         if self.waiting.samples >= self.rate:
             yield from self._mixed()
 
