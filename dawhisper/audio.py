@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AudioError, OptionError
-from .media import Media, in_range, mix, opened, scale_of, to_float, unreadable
+from .media import Media, in_range, mix, opened, quiet_note, scale_of, to_float, unreadable
 
 SAMPLE_RATE = 16000
 N_FFT = 400
@@ -269,6 +269,8 @@ def _from_array(source: Any) -> np.ndarray:
         samples = np.concatenate([mix(channels[:, i : i + MIXED], notes) for i in range(0, channels.shape[1], MIXED)])
     if (scale := scale_of(samples)) != 1.0 or max(samples.max(), -samples.min()) > 1.0:
         samples = in_range(samples, scale, notes)
+    if quiet := quiet_note(float(np.abs(samples).max())):
+        notes[quiet] = None
     for note in notes:
         warnings.warn(f"the array: {note}", stacklevel=3)
     return np.require(samples, np.float32, ["C", "W"])  # torch wants neither flipped nor read-only memory

@@ -29,11 +29,13 @@ SEEK_MARGIN = 1.0  # seconds decoded before `start` so that codecs with memory h
 JITTER = 0.05  # seconds that a frame's time may be off without meaning a gap
 OVERLAP = 1.0  # seconds: a frame that comes this much too early belongs to another recording, joined to the first
 LATEST_START = 60.0  # seconds: sound that starts later was cut out of something longer, and starts at 0
+MOST_SILENCE = 3600.0  # seconds that are put into a recording in all
 LONGEST_GAP = 600.0  # seconds of silence that are believed where the file does not say how long it is
 SHORT_GAP = 0.5  # seconds missing in all that are not worth a line
 LONGEST_BLOCK = 480_000  # samples of silence given at once
 RATES = (1000, 2_000_000)  # samples per second; others are damage, and would make hours of a second
 TOO_LOUD = 2.0  # codecs overshoot 1 a little, which is cut; beyond this the samples have another scale
+QUIET = 0.003  # -50 dB
 CANCELLED = 0.02  # power of the sum of all channels over the sum of their powers: 1 for unrelated ones
 MOST_PLANES = 7
 EQUAL_PACKETS = ("mp3", "mp3float", "mp2", "mp2float", "mp1", "mp1float", "ac3", "eac3", "dca")
@@ -50,6 +52,7 @@ class Media:
     end: float | None  # how long the file says it is
     cut_off: bool = False  # the file lacks its end
     scale: float = 1.0  # of the samples
+    peak: float = 0.0  # the loudest so far
     gaps: list[tuple[float, float]] = field(default_factory=list)  # seconds, where silence was put between frames
     errors: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
@@ -95,6 +98,8 @@ class Media:
 
     def warn(self, seconds: float | None) -> None:
         """Say what was odd; `seconds` were decoded, None: not all was asked for."""
+        if seconds is not None and (quiet := quiet_note(self.peak)):
+            self.notes[quiet] = None
         for note in self.notes:
             warnings.warn(f"{self.name}: {note}", stacklevel=2)
         missing = sum(end - start for start, end in self.gaps)
@@ -155,7 +160,7 @@ class Media:
                 pass
             elif due - OVERLAP < at < due and due > origin:
                 continue  # heard already
-            elif at > due and self._may_last(at):
+            elif at > due and self._is_believed(due, at):
                 if due > origin:
                     self.gaps.append((due, at))
                 jump = due = at
@@ -164,8 +169,10 @@ class Media:
             due += length
             yield jump, frame
 
-    def _may_last(self, seconds: float) -> bool:
-        return seconds < (LONGEST_GAP if self.end is None else self.end + 1.0)
+    def _is_believed(self, due: float, at: float) -> bool:
+        """Whether there may be silence between these times; damaged time stamps would fill the memory with it."""
+        silent = at - due + sum(end - start for start, end in self.gaps)
+        return silent < MOST_SILENCE and at < (due + LONGEST_GAP if self.end is None else self.end + 1.0)
 
     def _next_time(self) -> float | None:
         for frame in self.container.decode(self.stream):
@@ -235,6 +242,7 @@ class _Mixer:
         mono = mix(channels, self.media.notes)
         self.media.scale = max(self.media.scale, scale_of(mono))
         mono = in_range(mono, self.media.scale, self.media.notes)
+        self.media.peak = max(self.media.peak, float(np.abs(mono).max()))
         if self.resampler is None:
             yield mono
             return
@@ -368,6 +376,13 @@ def _ends_short(sizes: list[int]) -> bool:
     """Whether packets of one size, but for their padding, end with a shorter one."""
     *others, last = sizes or [0]
     return len(others) > 2 and max(others) - min(others) <= 2 and last < min(others) - 2
+
+
+def quiet_note(peak: float) -> str | None:
+    """What to say of a recording whose loudest sample is this."""
+    if not 0 < peak < QUIET:
+        return None
+    return f"very quiet, {20 * np.log10(peak):.0f} dB at its loudest; make it louder if words are missing"
 
 
 def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:

@@ -228,6 +228,17 @@ def test_samples_of_another_scale_are_scaled(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_audio(sound * 3), np.clip(sound * 3, -1, 1))  # a little too loud
 
 
+def test_speech_60_dB_down_is_said_to_be_quiet(tmp_path: Path) -> None:
+    sound = beeps(2, SAMPLE_RATE, [0.5])
+    path = write(tmp_path / "a.wav", Recipe("pcm_f32le", rate=SAMPLE_RATE), 1e-3 * sound[None])
+    for source in (path, 1e-3 * sound):
+        with pytest.warns(UserWarning, match="very quiet, -68 dB at its loudest; make it louder"):
+            load_audio(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_audio(np.zeros(1000, np.float32))  # silence is not quiet speech
+
+
 def test_one_damaged_sample_does_not_silence_the_rest(tmp_path: Path) -> None:
     sound = beeps(2, SAMPLE_RATE, [0.5])
     for value in (1e30, np.nan, -np.inf):
