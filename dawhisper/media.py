@@ -38,6 +38,7 @@ TOO_LOUD = 2.0  # codecs overshoot 1 a little, which is cut; beyond this the sam
 QUIET = 0.003  # -50 dB
 CANCELLED = 0.02  # power of the sum of all channels over the sum of their powers: 1 for unrelated ones
 MOST_PLANES = 7
+UNTIMED = ("wav", "w64", "aiff", "au", "caf", "mp3", "aac", "ac3", "eac3", "amr", "tta", "wv")  # sound without gaps
 EQUAL_PACKETS = ("mp3", "mp3float", "mp2", "mp2float", "mp1", "mp1float", "ac3", "eac3", "dca")
 
 
@@ -133,7 +134,7 @@ class Media:
             except StopIteration:
                 self.cut_off |= broken or (self.stream.codec_context.name in EQUAL_PACKETS and _ends_short(sizes))
                 return
-            except (av.FFmpegError, ValueError, OSError) as e:
+            except (av.FFmpegError, ValueError, OSError, IndexError) as e:  # PyAV knows no stream that appears later
                 self.errors.append(reason(e))
                 broken = True
                 if isinstance(e, av.error.EOFError):
@@ -147,12 +148,12 @@ class Media:
 
     def _placed(self, origin: float) -> Iterator[tuple[float | None, AudioFrame]]:
         """Each frame, with its time in seconds where it does not simply follow the frame before it."""
-        due, zero = origin, self.zero
+        due, zero, timed = origin, self.zero, self.container.format.name not in UNTIMED
         for frame, following in _with_next(self._frames()):
             length = frame.samples / frame.sample_rate
             if zero is None:
                 zero = (frame.time or 0.0) - origin
-            at = due if frame.time is None else frame.time - zero
+            at = due if frame.time is None or not timed else frame.time - zero
             # where the next frame starts after the end of this one; a single wrong time stamp is not followed
             then = 0.0 if following is None or following.time is None else following.time - zero - at - length
             jump: float | None = None
