@@ -611,8 +611,8 @@ def test_without_a_name_the_model_of_the_package() -> None:
     openais = Whisper(model.dims)
     openais.set_alignment_heads(whisper._ALIGNMENT_HEADS["base"])
     assert torch.equal(model.alignment_heads, openais.alignment_heads)
-    text = model.transcribe(ROOT / "assets" / "speech_noisy.opus").text  # stock base hears "model creators"
-    assert "printers understand this, but it is only practiced in the very best establishments" in text
+    text = model.transcribe(ROOT / "assets" / "speech_noisy.opus").text  # stock base hears "remain to stand"
+    assert "so that the waters were made to stand firm as a wall on either side" in text.lower()
 
 
 def test_the_package_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
