@@ -24,12 +24,23 @@ SENTENCE_END = ".。!！?？"
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its times in seconds and the model's mean probability of its tokens."""
+    """A word with its times in seconds and the model's mean probability of its tokens.
+
+    gate: the primary branch's mean share in predicting its tokens; None where the model has no second branch.
+    """
 
     word: str
     start: float
     end: float
     probability: float
+    gate: float | None = None
+
+
+@dataclass
+class Timing(WordTiming):
+    """openai-whisper's, with the gate."""
+
+    gate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,14 +53,20 @@ class TimedText:
     words: tuple[Word, ...] = ()
 
 
-def alignment_scores(model: Whisper, features: AudioFeatures, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention scores [heads, n, T] of the alignment heads, before the softmax, and the logits [n, V]."""
+def alignment_scores(
+    model: Whisper, features: AudioFeatures, tokens: Tensor
+) -> tuple[Tensor, Tensor, list[float] | None]:
+    """Attention scores [heads, n, T] of the alignment heads, before the softmax, the logits [n, V], and the gates [n].
+
+    The gates are the means over all layers of the primary branch's share, None without second branch.
+    """
     heads = model.alignment_heads.nonzero().tolist()
-    trace = Trace(layers={layer for layer, _ in heads}, attention=True)
+    trace = Trace(layers={layer for layer, _ in heads} if model.dual is None else None, attention=True)
     logits = model.decoder(tokens[None], features, trace=trace)[0]
+    gates = torch.stack(list(trace.gate.values())).float().mean(dim=(0, 1)).tolist() if trace.gate else None
     scores = torch.stack([trace.primary[layer][0, head] for layer, head in heads]).float()
     # the warping works in double precision, which mps does not have
-    return (scores if scores.is_cuda else scores.cpu()), logits
+    return (scores if scores.is_cuda else scores.cpu()), logits, gates
 
 
 @torch.no_grad()
@@ -61,8 +78,8 @@ def find_alignment(
     num_frames: int,
     *,
     filter_width: int = 7,
-) -> list[WordTiming]:
-    """Words of `text_tokens` with times in seconds from the window's start.
+) -> list[Timing]:
+    """Words of `text_tokens` with times in seconds from the window's start, and their gates.
 
     features: one window, [1, T, d]; num_frames: mel frames of it that hold audio.
     """
@@ -70,7 +87,7 @@ def find_alignment(
         return []
     n_start = len(tokenizer.sot_sequence)
     tokens = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *text_tokens, tokenizer.eot]
-    scores, logits = alignment_scores(model, features, torch.tensor(tokens, device=model.device))
+    scores, logits, gates = alignment_scores(model, features, torch.tensor(tokens, device=model.device))
     probs = logits[n_start : n_start + len(text_tokens), : tokenizer.eot].softmax(dim=-1)
     token_probs = probs[torch.arange(len(text_tokens)), text_tokens].tolist()
 
@@ -87,23 +104,19 @@ def find_alignment(
     bounds = np.cumsum([0, *(len(t) for t in word_tokens[:-1])])
     # the time at which the path first reaches each token
     arrivals = time_path[np.diff(text_path, prepend=text_path[0] - 1) > 0] / TOKENS_PER_SECOND
+    # what predicts a token stands before it
+    shares = gates and gates[n_start : n_start + len(text_tokens)]
     return [
-        WordTiming(word, ids, float(arrivals[i]), float(arrivals[j]), float(np.mean(token_probs[i:j])))
+        Timing(
+            word,
+            ids,
+            float(arrivals[i]),
+            float(arrivals[j]),
+            float(np.mean(token_probs[i:j])),
+            round(float(np.mean(shares[i:j])), 3) if shares else None,
+        )
         for word, ids, i, j in zip(words, word_tokens, bounds[:-1], bounds[1:])
     ]
-
-
-@torch.no_grad()
-def token_gates(model: Whisper, tokenizer: Tokenizer, text_tokens: list[int], features: AudioFeatures) -> list[float]:
-    """The primary branch's share in predicting each text token, mean over the layers; [] without second branch."""
-    if model.dual is None or not text_tokens:
-        return []
-    n_start = len(tokenizer.sot_sequence)  # <|notimestamps|> stands there and predicts the first text token
-    tokens = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *text_tokens]
-    trace = Trace()
-    model.decoder(torch.tensor([tokens], device=model.device), features, trace=trace)
-    gates = torch.stack(list(trace.gate.values())).float().mean(dim=(0, 1))
-    return gates[n_start : n_start + len(text_tokens)].tolist()
 
 
 def add_word_times(
@@ -136,7 +149,7 @@ def add_word_times(
             taken += len(timing.tokens)
             if timing.word:
                 start, end = round(time_offset + timing.start, 2), round(time_offset + timing.end, 2)
-                words.append(Word(timing.word, start, end, timing.probability))
+                words.append(Word(timing.word, start, end, timing.probability, timing.gate))
         segment = fit_to_words(segment, words, median, last_speech)
         if words:
             last_speech = segment.end
@@ -144,7 +157,7 @@ def add_word_times(
     return timed
 
 
-def shorten_at_sentence_ends(alignment: list[WordTiming], longest: float) -> None:
+def shorten_at_sentence_ends(alignment: list[Timing], longest: float) -> None:
     """A word beside a full stop takes the pause with it; cut it to `longest` seconds."""
     for before, timing in itertools.pairwise(alignment):
         if timing.end - timing.start > longest:

@@ -138,6 +138,9 @@ class Segment:
         made = asdict(self)
         if self.words is None:
             del made["words"]
+        for word in made.get("words", []):
+            if word["gate"] is None:
+                del word["gate"]
         return made
 
 

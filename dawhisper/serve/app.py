@@ -68,7 +68,7 @@ FIELDS = {
     "temperature": "0 to 1; 0 tries higher ones where the text is doubtful",
     "timestamp_granularities": "segment, word; with verbose_json or stream",
     "stream": "true: server-sent events",
-    "include": "gate: words carry the share of the speech branch",
+    "include": "gate: words carry their probability and the share of the speech branch",
     "chunking_strategy": "auto: long recordings are always cut here",
 }
 INDEX = re.compile(r"\[\d*\]$")  # of a list's field: NAME[] or NAME[0]
@@ -352,7 +352,7 @@ class Service:
         prompt = one("prompt")
         if len(prompt) > 4000:
             raise ApiError(400, "prompt has more than 4000 characters", "prompt")
-        gates = "gate" in values.get("include", []) and model.dual is not None
+        gates = "gate" in values.get("include", [])
         options = TranscribeOptions.of(
             task=task,
             language=usable_language(name, model, one("language") or None, task),
@@ -398,19 +398,19 @@ def formatted(asked: Asked, result: Transcription) -> Response:
             "duration": duration,
         }
         if "word" in asked.granularities:
-            body["words"] = [word for segment in result.segments for word in words_of(segment)]
+            body["words"] = [word for segment in result.segments for word in words_of(segment, asked.gates)]
         if "segment" in asked.granularities or not asked.granularities:
             body["segments"] = [segment_dict(segment) for segment in result.segments]
     return JSONResponse(finite(body))
 
 
-def words_of(segment: Segment) -> list[dict[str, Any]]:
-    made = []
+def words_of(segment: Segment, gates: bool) -> list[dict[str, Any]]:
+    """Words as OpenAI has them; where the gate was asked for, with it and the word's probability."""
+    made: list[dict[str, Any]] = []
     for word in segment.words or []:
-        gate = getattr(word, "gate", None)
         made.append({"word": word.word.strip(), "start": float(word.start), "end": float(word.end)})
-        if gate is not None:
-            made[-1]["gate"] = round(gate, 3)
+        if gates:
+            made[-1] |= {"probability": round(float(word.probability), 3), "gate": word.gate}
     return made
 
 
@@ -456,7 +456,7 @@ async def events(service: Service, asked: Asked, admission: contextlib.ExitStack
     def tell(segment: Segment | None) -> None:
         loop.call_soon_threadsafe(told.put_nowait, segment)
 
-    clip = Clip(asked.model, asked.samples, asked.options, asked.gates, on_segment=tell)
+    clip = Clip(asked.model, asked.samples, asked.options, on_segment=tell)
     with admission:
         try:
             future = service.engine.submit(clip)
@@ -467,7 +467,7 @@ async def events(service: Service, asked: Asked, admission: contextlib.ExitStack
                     yield event({"type": "transcript.text.delta", "delta": segment.text})
                 if asked.granularities and segment.text:
                     times = {"id": str(segment.id), "start": float(segment.start), "end": float(segment.end)}
-                    words = {"words": words_of(segment)} if "word" in asked.granularities else {}
+                    words = {"words": words_of(segment, asked.gates)} if "word" in asked.granularities else {}
                     yield event({"type": "transcript.text.segment", **times, "text": segment.text, **words})
             result = future.result()
             usage = {"type": "duration", "seconds": math.ceil(len(asked.samples) / SAMPLE_RATE)}
@@ -502,7 +502,7 @@ class Live:
         task = given.get("task", "transcribe")
         language = usable_language(name, model, given.get("language"), task)
         prompt = given.get("prompt", "")[:4000] or None
-        options = StreamOptions(language=language, task=task, initial_prompt=prompt, gates=model.dual is not None)
+        options = StreamOptions(language=language, task=task, initial_prompt=prompt)
         stream = Stream(model, options)
         await self.socket.send_json({"type": "ready", "model": name})
         self.reading = asyncio.create_task(self.read())
@@ -683,7 +683,7 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
                         media_type="text/event-stream",
                         headers={"Cache-Control": "no-store"},
                     )
-                clip = Clip(asked.model, asked.samples, asked.options, asked.gates)
+                clip = Clip(asked.model, asked.samples, asked.options)
                 result = await wait_for(engine.submit(clip), clip, request, left)
                 return formatted(asked, result)
             except (ApiError, DawhisperError, QueueFull, Stopped, asyncio.TimeoutError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from whisper.audio import HOP_LENGTH, N_FRAMES, SAMPLE_RATE
-from whisper.timing import WordTiming, merge_punctuations
+from whisper.timing import merge_punctuations
 from whisper.utils import compression_ratio
 
 from dawhisper import vad
@@ -29,7 +29,7 @@ from dawhisper.decoding import DecodingOptions, DecodingResult, asked_language, 
 from dawhisper.errors import OptionError
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.options import option
-from dawhisper.timing import SENTENCE_END, Word, find_alignment, token_gates
+from dawhisper.timing import SENTENCE_END, Timing, Word, find_alignment
 from dawhisper.transcription import Segment, TranscribeOptions
 from dawhisper.window import Window, encode_window, exceeds, is_silence, needs_fallback
 
@@ -48,7 +48,7 @@ class StreamOptions:
     language: code, tag or English name; None detects it until the first word is final. task: as of DecodingOptions.
     initial_prompt: text before the first word. policy, margin: see the module.
     step: seconds of new audio between two decodings. silence: seconds of pause that end a turn.
-    longest: seconds of audio that are decoded again; what is before them is final. gates: words carry the gate.
+    longest: seconds of audio that are decoded again; what is before them is final.
     """
 
     language: str | None = option(None, "language spoken, by code or English name; found out by default")
@@ -59,7 +59,6 @@ class StreamOptions:
     margin: float = option(0.5, "of the policy attention: seconds that must follow a final word")
     silence: float = option(0.8, "seconds of pause that end a turn")
     longest: float = option(15.0, "seconds of audio that are decoded again")
-    gates: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in ("attention", "agreement"):
@@ -74,10 +73,9 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class LiveWord(Word):
-    """A word with its tokens, and the decoder's mean gate over them (None without second branch)."""
+    """A word with its tokens."""
 
     tokens: tuple[int, ...] = ()
-    gate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -205,11 +203,11 @@ class Stream:
         return TOKENS + round(TOKENS_PER_SECOND * max(0.0, self.now - said))
 
     def _timed(self, prefix: list[int], result: DecodingResult, features: AudioFeatures) -> list[LiveWord]:
-        """The words after the prefix with their times, their gates and their tokens."""
+        """The words after the prefix with their times, gates and tokens."""
         tokenizer = model_tokenizer(self.model, result.language, self.options.task)
         tokens = prefix + [token for token in result.tokens if token < tokenizer.eot]
         frames = min(N_FRAMES, len(self.buffer) // HOP_LENGTH)
-        new: list[WordTiming] = []
+        new: list[Timing] = []
         taken = 0
         for timing in find_alignment(self.model, tokenizer, tokens, features, frames):
             old = len(prefix) - taken  # tokens that are final already
@@ -220,16 +218,12 @@ class Stream:
             if timing.tokens:
                 new.append(timing)
         merge_punctuations(new, self.thresholds.prepend_punctuations, self.thresholds.append_punctuations)
-        gates = token_gates(self.model, tokenizer, tokens, features)[len(prefix) :] if self.options.gates else []
-        origin, at, words = self.start / SAMPLE_RATE, 0, []
+        origin, words = self.start / SAMPLE_RATE, []
         for timing in new:
             if not timing.tokens:
                 continue
-            own = gates[at : at + len(timing.tokens)]
-            at += len(timing.tokens)
             start, end = (min(round(origin + t, 2), self.now) for t in (timing.start, timing.end))
-            gate = round(sum(own) / len(own), 3) if own else None
-            words.append(LiveWord(timing.word, start, end, float(timing.probability), tuple(timing.tokens), gate))
+            words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tuple(timing.tokens)))
         return words
 
     def _stable(self, hypothesis: Hypothesis) -> int:
@@ -340,7 +334,7 @@ class Stream:
 @torch.no_grad()
 def warm_up(model: Whisper) -> None:
     """Do once what is slow the first time (compiled functions, the detector), so that no speaker waits for it."""
-    heard = Stream(model, StreamOptions(language="en", gates=True))
+    heard = Stream(model, StreamOptions(language="en"))
     heard.feed(np.zeros(SAMPLE_RATE, np.float32))
     mel = log_mel_spectrogram(np.zeros(SAMPLE_RATE, np.float32), model.dims.n_mels, device=model.device)
     features = encode_window(model, mel, Window(0, mel.shape[-1]))

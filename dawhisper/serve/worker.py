@@ -1,8 +1,9 @@
 """One worker thread that owns the models; requests of many threads wait for it in one bounded queue.
 
-Clips of up to 30 s with the same model and options are decoded together, in one batch; what a batch can't settle (a
-window to be decoded again at a higher temperature, a text that ends before its clip) goes the way of `transcribe`, so
-the result is the same as that of a clip alone. (A language to be found out is read from the window that is decoded.)
+Clips of up to 30 s with the same model, options and encoded length are decoded together, in one batch; what a batch
+can't settle (a window to be decoded again at a higher temperature, a text that ends before its clip) goes the way of
+`transcribe`, so the result is the same as that of a clip alone. (A language to be found out is read from the window
+that is decoded.)
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from whisper.audio import N_FRAMES, N_SAMPLES
+from whisper.audio import HOP_LENGTH, N_FRAMES, N_SAMPLES
 
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import DecodingResult, decode_windows, model_tokenizer
 from dawhisper.model import Whisper
-from dawhisper.timing import Word, token_gates
 from dawhisper.transcribe import OpenRecording, first_speech, iter_segments, open_recording
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription, collect
 from dawhisper.window import (
     Prompt,
     Window,
-    encode_window,
     leading_silence,
     needs_fallback,
+    padded_frames,
     split_window,
     spoken,
     without_silence,
@@ -45,25 +45,17 @@ class Stopped(Exception):
     """The one who asked does not wait any more."""
 
 
-@dataclass(frozen=True)
-class GatedWord(Word):
-    """A word with the decoder's mean gate over its tokens."""
-
-    gate: float = float("nan")
-
-
 @dataclass(eq=False)
 class Clip:
     """A recording to transcribe: samples [n] at 16 kHz. `stop` it when nobody waits for it any more.
 
-    gates: words carry the gate. on_segment: called in the worker's thread as soon as a segment is known; such a clip
+    on_segment: called in the worker's thread as soon as a segment is known; such a clip
     is not decoded with others.
     """
 
     model: str
     samples: np.ndarray
     options: TranscribeOptions
-    gates: bool = False
     on_segment: Callable[[Segment], None] | None = None
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -74,8 +66,14 @@ class Clip:
     def is_short(self) -> bool:
         return self.on_segment is None and len(self.samples) <= N_SAMPLES
 
-    def goes_with(self, other: Clip) -> bool:
-        return other.is_short and other.model == self.model and other.options == self.options
+    def goes_with(self, other: Clip, model: Whisper) -> bool:
+        """Whether both can be decoded in one batch; a model of variable context would hear a longer one's padding."""
+        alike = other.is_short and other.model == self.model and other.options == self.options
+        return alike and other.padded(model) == self.padded(model)
+
+    def padded(self, model: Whisper) -> int:
+        """Frames that are encoded for it."""
+        return padded_frames(model, len(self.samples) // HOP_LENGTH)
 
 
 @dataclass(eq=False)
@@ -146,9 +144,9 @@ class Engine:
                 return []
             taken = [self.jobs.popleft()]
             first = taken[0].work
-            # models that hear as much as there is would hear the padding of a longer neighbour
-            if isinstance(first, Clip) and first.is_short and not self.models[first.model].variable_audio_ctx:
-                fitting = (j for j in self.jobs if isinstance(j.work, Clip) and first.goes_with(j.work))
+            if isinstance(first, Clip) and first.is_short:
+                model = self.models[first.model]
+                fitting = (j for j in self.jobs if isinstance(j.work, Clip) and first.goes_with(j.work, model))
                 taken += itertools.islice(fitting, self.batch_size - 1)
                 self.jobs = deque(job for job in self.jobs if job not in taken)
             return taken
@@ -167,11 +165,11 @@ class Engine:
         except Exception:  # whose fault it is shows alone
             results = [None] * len(jobs)
         self.on_batch(len(jobs))
-        for job, clip, result in zip(jobs, clips, results):
+        for job, result in zip(jobs, results):
             if result is None:
                 self._run(job)
             else:
-                job.future.set_result(self._with_gates(clip, result))
+                job.future.set_result(result)
 
     def _alone(self, clip: Clip) -> Transcription:
         self.on_batch(1)
@@ -184,20 +182,11 @@ class Engine:
             for segment in iter_segments(model, recording, clip.options.speaking(recording.language)):
                 if clip.stopped.is_set():
                     raise Stopped
-                if clip.gates:
-                    segment = gated(model, recording, segment)
                 if clip.on_segment:
                     clip.on_segment(segment)
                 yield segment
 
         return collect(told(), recording)
-
-    def _with_gates(self, clip: Clip, result: Transcription) -> Transcription:
-        if not clip.gates:
-            return result
-        model = self.models[clip.model]
-        recording = recorded(model, clip.samples, result.language, clip.options)
-        return replace(result, segments=[gated(model, recording, segment) for segment in result.segments])
 
 
 def recorded(model: Whisper, samples: np.ndarray, language: str, options: TranscribeOptions) -> OpenRecording:
@@ -210,14 +199,18 @@ def recorded(model: Whisper, samples: np.ndarray, language: str, options: Transc
 def transcribe_together(
     model: Whisper, clips: Sequence[np.ndarray], options: TranscribeOptions
 ) -> list[Transcription | None]:
-    """Transcribe clips of up to 30 s in one batch; None for each that needs more than one decoding of one window."""
+    """Transcribe clips of up to 30 s in one batch; None for each that needs more than one decoding of one window.
+
+    They are encoded alike: clips of a model of variable context differ by less than a second.
+    """
     language = options.decoding.language or "en"
     recordings = [recorded(model, samples, language, options) for samples in clips]
     # where speech starts late, the window is not what tells the language
     given = options.decoding.language is not None or not model.is_multilingual
     are_known = [given or first_speech(c, r.clips)[0] == 0 for c, r in zip(clips, recordings)]
     prompt = Prompt.of(model, recordings[0].tokenizer, options).tokens(options)
-    mels = torch.stack([pad_or_trim(r.mel[:, : r.frames], N_FRAMES) for r in recordings])
+    length = max(padded_frames(model, r.frames) for r in recordings)
+    mels = torch.stack([pad_or_trim(r.mel[:, : r.frames], length) for r in recordings])
     with torch.no_grad():
         features = model.encode(mels.to(model.device, model.dtype))
     results = decode_windows(model, features, options.at(options.temperatures()[0], prompt))
@@ -247,24 +240,3 @@ def from_one_window(
     recording.skipped.extend(split.skipped)
     segments = [replace(segment, id=i) for i, segment in enumerate(spoken(split.segments, window))]
     return collect(iter(segments), recording)
-
-
-@torch.no_grad()
-def gated(model: Whisper, recording: OpenRecording, segment: Segment) -> Segment:
-    """The segment whose words carry the gate; as it is for models without a second branch."""
-    tokenizer = recording.tokenizer
-    tokens = [token for token in segment.tokens if token < tokenizer.eot]
-    if model.dual is None or not segment.words or not tokens:
-        return segment
-    size = min(N_FRAMES, recording.frames - segment.seek)
-    features = encode_window(model, recording.mel, Window(segment.seek, size))
-    gates = token_gates(model, tokenizer, tokens, features)
-    # the words are the tokens' text: a word's tokens are those that end within it
-    ends = np.array([len(tokenizer.decode(tokens[: i + 1])) for i in range(len(tokens))])
-    bounds = np.cumsum([0, *(len(word.word) for word in segment.words)])
-    words: list[Word] = []
-    for word, begin, end in zip(segment.words, bounds, bounds[1:]):
-        own = [gate for gate, at in zip(gates, ends) if begin < at <= end]
-        mean = float(np.mean(own)) if own else float("nan")
-        words.append(GatedWord(word.word, word.start, word.end, word.probability, mean))
-    return replace(segment, words=words)

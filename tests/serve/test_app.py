@@ -156,6 +156,29 @@ def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: 
         engine.close()
 
 
+def test_clips_of_like_length_are_decoded_together_where_the_context_varies() -> None:
+    """The seconds that are encoded are the same, so that nobody hears another one's padding."""
+    model = talkative(trained(dawhisper.DualOptions()), eot_bias=6.0)
+    model.variable_audio_ctx = True
+    clips = [sound(seed, seconds) for seed, seconds in enumerate((2.1, 5.0, 2.9, 4.2, 2.5, 9.0))]
+    options = TranscribeOptions.of(temperature=0.0, language="en", word_timestamps=True, **SURE)
+    expected = [transcribe(model, clip, temperature=0.0, language="en", word_timestamps=True, **SURE) for clip in clips]
+    sizes: list[int] = []
+    engine = Engine({"m": model}, on_batch=sizes.append)
+    try:
+        engine.submit(lambda: time.sleep(0.2))  # so that the clips wait together
+        futures = [engine.submit(Clip("m", clip, options)) for clip in clips]
+        for future, alone in zip(futures, expected):
+            together = future.result(60)
+            assert together.text == alone.text
+            assert [w.gate for s in together.segments for w in s.words or []] == pytest.approx(
+                [w.gate for s in alone.segments for w in s.words or []], abs=2e-3
+            )
+        assert [size for size in sizes if size > 1] == [3, 2]
+    finally:
+        engine.close()
+
+
 def surety(answer: httpx.Response) -> float:
     """What differs from recording to recording where a random model's text does not."""
     return answer.json()["segments"][0]["avg_logprob"]  # type: ignore[no-any-return]
@@ -266,7 +289,7 @@ def test_what_other_clients_send() -> None:
     """A scheme and a media type in any case, indexed lists, HEAD, a final slash, paths and methods that are not."""
     with running({"m": pair(eot_bias=6.0)[0]}, api_key="secret") as server:
         key = {"Authorization": "bearer secret"}
-        assert httpx.post(server.url + PATH, files={"file": ("a.wav", wav(sound(0)))}, headers=key).status_code == 200
+        assert post(server, headers=key).status_code == 200
         wrong = httpx.get(server.url + "/v1/models", headers={"Authorization": "secret"})
         assert wrong.json()["error"]["code"] == "invalid_api_key"
         body = PART + wav(sound(0)) + b"\r\n--x\r\n"
@@ -603,7 +626,7 @@ def test_the_end_of_the_server_finishes_live_audio() -> None:
             live = ends.enter_context(connect(server.ws))
             live.send("{}")
             assert json.loads(live.recv())["type"] == "ready"
-            live.send(pcm(sound(0, 0.9)))  # less than a step
+            live.send(pcm(sound(0, 0.4)))  # less than a step
             live.ping().wait(10)
         assert [m["type"] for m in messages(live)] == ["update", "done"]
 

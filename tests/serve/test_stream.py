@@ -80,7 +80,7 @@ def test_words_come_before_the_end(tiny_en: dawhisper.Whisper, speech: np.ndarra
 @pytest.mark.parametrize("piece", [160, 7777, 16000 * 40])
 def test_any_size_of_pieces_and_bounded_memory(piece: int) -> None:
     model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
-    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0, gates=True))
+    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0))
     audio = (0.1 * np.random.default_rng(0).normal(size=16000 * 45)).astype(np.float32)
     audio *= np.sin(np.arange(len(audio)) / 8000)  # louder and softer: not a steady background
     for first in range(0, len(audio), piece):
@@ -115,7 +115,7 @@ def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPat
     """Alternately speech-like sound, which is decoded, and silence, which is not."""
     monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
     model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
-    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0, gates=True))
+    stream = Stream(model, StreamOptions(language="en", step=5.0, longest=5.0))
     piece = (0.1 * np.random.default_rng(0).normal(size=16000 * 120)).astype(np.float32)
     piece *= np.sin(np.arange(len(piece)) / 8000)
     piece[16000 * 6 :] = 0.0
@@ -152,7 +152,7 @@ def test_earlier_text_is_context(tiny_en: dawhisper.Whisper, assets: Path, monke
 
 def test_gates_of_words() -> None:
     model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
-    stream = Stream(model, StreamOptions(language="en", gates=True))
+    stream = Stream(model, StreamOptions(language="en"))
     stream.thresholds = TranscribeOptions(
         logprob_threshold=None, compression_ratio_threshold=None, no_speech_threshold=None
     )
