@@ -80,7 +80,8 @@ log = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page"
 # the page needs nothing from elsewhere, and nobody else's page may frame it
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -471,7 +472,9 @@ async def events(service: Service, asked: Asked, admission: contextlib.ExitStack
                     yield event({"type": "transcript.text.segment", **times, "text": segment.text, **words})
             result = future.result()
             usage = {"type": "duration", "seconds": math.ceil(len(asked.samples) / SAMPLE_RATE)}
-            yield event({"type": "transcript.text.done", "text": result.text.strip(), "usage": usage})
+            language = LANGUAGES.get(result.language, result.language).title()
+            done = {"type": "transcript.text.done", "text": result.text.strip(), "language": language}
+            yield event(done | {"usage": usage})
         except Exception as error:  # the status line is sent already
             yield event(told_in_the_answer(error).body())
         finally:
@@ -710,7 +713,9 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
     def model_card(name: str) -> dict[str, Any]:
         model = engine.models[name]
         card = {"id": name, "object": "model", "created": started, "owned_by": "dawhisper"}
-        return card | {"multilingual": model.is_multilingual, "dual": model.dual is not None}
+        codes = list(LANGUAGES)[: model.num_languages] if model.is_multilingual else ["en"]
+        languages = {code: LANGUAGES[code].title() for code in codes}
+        return card | {"dual": model.dual is not None, "multilingual": model.is_multilingual, "languages": languages}
 
     @app.head("/v1/models", include_in_schema=False, dependencies=with_key)
     @app.get("/v1/models", dependencies=with_key)

@@ -1,8 +1,11 @@
 // The page: recordings go to /v1/audio/transcriptions as a stream of events, the microphone to the live WebSocket.
-const RATE = 16000;
-const PER_PEAK = 320; // samples behind one stroke of the waveform: 20 ms
-const MAX_DECODED = 200e6; // bytes of a file that the browser is asked to decode for its waveform
+import { Result, peaksOf } from "./result.js";
+import { NeedsKey, ask, key, transcriptionEvents } from "./server.js";
+import { clock, differences } from "./text.js";
 
+const RATE = 16000;
+const MAX_DECODED = 200e6; // bytes of a file that the browser is asked to decode for its waveform
+const MAX_COMPARED = 3000; // words of a text whose differences are looked for
 const LOST = "the connection to the server was lost; record again";
 
 const $ = (id) => document.getElementById(id);
@@ -10,6 +13,8 @@ let busy = false;
 let live = null;
 let focused = null;
 let models = [];
+let shown = []; // results of the recording that can be played
+const waiting = []; // files
 
 // ------------------------------------------------------------------------------------------------------- messages
 
@@ -17,24 +22,17 @@ function say(text) {
   $("status").textContent = text;
 }
 
-function fail(text) {
+function fail(error) {
+  const text = typeof error === "string" ? error : error.message;
+  if (error instanceof NeedsKey) {
+    $("key-form").hidden = false;
+    $("key").focus();
+  }
   $("error").textContent = text;
   $("error").hidden = !text;
 }
 
-async function ask(path, options = {}) {
-  const headers = $("key").value ? { Authorization: `Bearer ${$("key").value}` } : {};
-  const response = await fetch(path, { ...options, headers }).catch(() => {
-    throw new Error("the server can't be reached; is it still running?");
-  });
-  if (response.ok) return response;
-  if (response.status === 401) {
-    $("key-label").hidden = false;
-    throw new Error($("key").value ? "the server does not take this key" : "this server asks for a key");
-  }
-  const body = await response.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
-}
+const modelOf = (id) => models.find((model) => model.id === id);
 
 async function loadModels() {
   models = (await (await ask("v1/models")).json()).data;
@@ -42,218 +40,154 @@ async function loadModels() {
   $("model").replaceChildren(...named);
   $("compare").replaceChildren(new Option("nothing", ""), ...named.map((o) => o.cloneNode(true)));
   $("compare-label").hidden = models.length < 2;
+  $("key-form").hidden = true;
+  offerLanguages();
   fail("");
+}
+
+function offerLanguages() {
+  const before = $("language").value;
+  const known = modelOf($("model").value)?.languages ?? {};
+  const named = Object.entries(known).map(([code, name]) => new Option(name, code));
+  named.sort((a, b) => a.text.localeCompare(b.text));
+  $("language").replaceChildren(...(named.length > 1 ? [new Option("Detect automatically", "")] : []), ...named);
+  if (before in known) $("language").value = before;
 }
 
 function setBusy(on) {
   busy = on;
   if (on) focused = document.activeElement;
-  $("file").disabled = on;
   $("record").disabled = on && !live;
   for (const field of $("options").elements) field.disabled = on;
+  $("empty").hidden = on || $("results").childElementCount > 0;
   if (!on && document.activeElement === document.body) focused?.focus(); // what is disabled loses the focus
 }
 
-// -------------------------------------------------------------------------------------------------------- results
+// ---------------------------------------------------------------------------------------------------------- sound
 
-class Result {
-  constructor(model) {
-    this.model = model;
-    this.segments = [];
-    this.words = [];
-    this.peaks = [];
-    this.element = $("result").content.cloneNode(true).firstElementChild;
-    this.element.querySelector("h2").textContent = model;
-    this.canvas = this.element.querySelector("canvas");
-    for (const button of this.element.querySelectorAll("[data-format]")) {
-      button.setAttribute("aria-label", `Download the text of ${model} as ${button.dataset.format}`);
-      button.onclick = () => this.download(button.dataset.format);
-    }
-    $("results").append(this.element);
-    new ResizeObserver(() => this.draw()).observe(this.canvas);
-  }
-
-  removeIfEmpty() {
-    if (!this.element.querySelector(".final").textContent) this.element.remove();
-  }
-
-  addText(text) {
-    this.element.querySelector(".final").append(text);
-  }
-
-  setPending(text) {
-    this.element.querySelector(".pending").textContent = text;
-  }
-
-  addSegment(segment) {
-    this.segments.push(segment);
-    this.element.querySelector(".downloads").hidden = false;
-  }
-
-  addWords(words) {
-    this.words.push(...words.filter((w) => w.gate !== undefined && w.gate !== null));
-    this.draw();
-  }
-
-  // The waveform, and over it the gate of each word: high where the model reads the speech branch.
-  draw() {
-    const { canvas } = this;
-    const style = getComputedStyle(document.documentElement);
-    const scale = window.devicePixelRatio || 1;
-    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    canvas.width = width * scale;
-    canvas.height = height * scale;
-    const c = canvas.getContext("2d");
-    c.scale(scale, scale);
-    const seconds = Math.max(1, (this.peaks.length * PER_PEAK) / RATE);
-    const loudest = this.peaks.reduce((a, b) => Math.max(a, b), 0.02);
-    c.fillStyle = style.getPropertyValue("--wave");
-    for (let x = 0; x < width; x++) {
-      const first = Math.floor((x / width) * this.peaks.length);
-      const last = Math.max(first + 1, Math.floor(((x + 1) / width) * this.peaks.length));
-      let peak = 0;
-      for (let i = first; i < last && i < this.peaks.length; i++) peak = Math.max(peak, this.peaks[i]);
-      const half = Math.max(0.5, (peak / loudest) * (height / 2 - 6));
-      c.fillRect(x, height / 2 - half, 1, 2 * half);
-    }
-    c.strokeStyle = style.getPropertyValue("--gate");
-    c.lineWidth = 2.5;
-    c.beginPath();
-    let before = null;
-    for (const word of this.words) {
-      const y = height - 4 - word.gate * (height - 8);
-      const joined = before && word.start - before.end < 0.5;
-      c[joined ? "lineTo" : "moveTo"]((word.start / seconds) * width, y);
-      c.lineTo((word.end / seconds) * width, y);
-      before = word;
-    }
-    c.stroke();
-    this.describe(seconds);
-  }
-
-  describe(seconds) {
-    const caption = this.element.querySelector("figcaption");
-    const length = `${seconds.toFixed(1)} s`;
-    if (this.words.length) {
-      const mean = this.words.reduce((sum, w) => sum + w.gate, 0) / this.words.length;
-      const low = this.words.reduce((a, b) => (b.gate < a.gate ? b : a));
-      const key = Object.assign(document.createElement("span"), { className: "key", textContent: "the gate" });
-      const said = `: 1 (top) hears speech, 0 noise; mean ${mean.toFixed(2)}, lowest ${low.gate.toFixed(2)} at “${low.word.trim()}”`;
-      caption.replaceChildren(`${length}; `, key, said);
-    } else {
-      const dual = models.find((m) => m.id === this.model)?.dual;
-      caption.textContent = dual ? length : `${length}; this model has no gate`;
-    }
-    this.canvas.setAttribute("aria-label", `Waveform, ${caption.textContent}`);
-  }
-
-  download(format) {
-    const body = { txt: asText, srt: asSrt, vtt: asVtt }[format](this.segments);
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([body], { type: "text/plain" }));
-    link.download = `${this.model}.${format}`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  }
+function play(seconds) {
+  $("player").currentTime = seconds;
+  $("player").play();
 }
 
-function clock(seconds, point) {
-  const ms = Math.round(seconds * 1000);
-  const two = (n) => String(Math.floor(n)).padStart(2, "0");
-  return `${two(ms / 3600000)}:${two((ms / 60000) % 60)}:${two((ms / 1000) % 60)}${point}${String(ms % 1000).padStart(3, "0")}`;
+function hear(blob) {
+  URL.revokeObjectURL($("player").src);
+  $("player").src = URL.createObjectURL(blob);
+  $("player").hidden = false;
 }
 
-const asText = (segments) => segments.map((s) => s.text.trim() + "\n").join("");
-const lines = (segments, point, number) =>
-  segments
-    .map((s, i) => `${number ? `${i + 1}\n` : ""}${clock(s.start, point)} --> ${clock(s.end, point)}\n${s.text.trim()}\n`)
-    .join("\n");
-const asSrt = (segments) => lines(segments, ",", true);
-const asVtt = (segments) => `WEBVTT\n\n${lines(segments, ".", false)}`;
+$("player").ontimeupdate = () => {
+  for (const result of shown) result.mark($("player").currentTime);
+};
 
-function peaksOf(samples) {
-  const peaks = [];
-  for (let i = 0; i < samples.length; i += PER_PEAK) {
-    let peak = 0;
-    for (let j = i; j < Math.min(i + PER_PEAK, samples.length); j++) peak = Math.max(peak, Math.abs(samples[j]));
-    peaks.push(peak);
-  }
-  return peaks;
-}
-
-function chosenModels() {
-  return [...new Set([$("model").value, $("compare").value])].filter(Boolean);
+function show(recording, ids) {
+  shown = ids.map((id) => new Result(recording, modelOf(id), play));
+  $("results").prepend(...shown.map((result) => result.element));
+  return shown;
 }
 
 // ---------------------------------------------------------------------------------------------------------- files
 
+function give(files) {
+  waiting.push(...files);
+  if (!busy) next();
+  listWaiting();
+}
+
+function listWaiting() {
+  $("waiting").replaceChildren(
+    ...waiting.map((file) => Object.assign(document.createElement("li"), { textContent: `${file.name} waits` })),
+  );
+}
+
+async function next() {
+  const file = waiting.shift();
+  listWaiting();
+  if (!file) return;
+  try {
+    if (!models.length) await loadModels();
+    await transcribeFile(file);
+  } catch (error) {
+    fail(error);
+  }
+  next();
+}
+
+const chosenModels = () => [...new Set([$("model").value, $("compare").value])].filter(Boolean);
+
 async function transcribeFile(file) {
-  if (busy || !file) return;
-  if (!models.length) return loadModels().then(() => transcribeFile(file), (error) => fail(error.message));
   fail("");
   setBusy(true);
-  $("results").replaceChildren();
   say(`Transcribing ${file.name} …`);
-  const results = chosenModels().map((model) => new Result(model));
-  drawWaveform(file, results);
-  const outcomes = await Promise.allSettled(results.map((result) => transcribeWith(file, result)));
-  const failed = outcomes.find((o) => o.status === "rejected");
-  if (failed) fail(failed.reason.message);
-  for (const result of results) result.removeIfEmpty();
-  say(failed ? "" : "Done.");
+  const results = show(file.name, chosenModels());
+  const stop = new AbortController();
+  $("cancel").onclick = () => stop.abort();
+  $("cancel").hidden = false;
+  hear(file);
+  const length = drawWaveform(file, results);
+  const outcomes = await Promise.allSettled(results.map((result) => transcribeWith(file, result, length, stop.signal)));
+  $("cancel").hidden = true;
+  for (const result of results) if (result.empty) result.element.remove();
+  const failed = outcomes.map((o) => o.reason).find(Boolean);
+  if (failed && !stop.signal.aborted) fail(failed);
+  say(stop.signal.aborted ? "Cancelled." : failed ? "" : "Done.");
+  if (!failed && results.length === 2) compare(results);
   setBusy(false);
 }
 
+function compare(results) {
+  const texts = results.map((result) => result.words.map((word) => word.word));
+  if (Math.max(...texts.map((words) => words.length)) > MAX_COMPARED) return;
+  differences(...texts).forEach((places, i) => results[i].markDifferences(places));
+}
+
+// -> seconds of the recording, 0 where the browser can't tell: it knows fewer formats than the server.
 async function drawWaveform(file, results) {
-  if (file.size > MAX_DECODED) return;
+  if (file.size > MAX_DECODED) return 0;
   try {
     const context = new OfflineAudioContext(1, 1, RATE);
     const sound = await context.decodeAudioData(await file.arrayBuffer());
     const peaks = peaksOf(sound.getChannelData(0));
     for (const result of results) {
       result.peaks = peaks;
-      result.draw();
+      result.drawSoon();
     }
+    return sound.duration;
   } catch {
-    // the browser knows fewer formats than the server: the text comes without a waveform
+    return 0;
   }
 }
 
-async function transcribeWith(file, result) {
-  const form = new FormData();
-  form.append("file", file);
-  form.append("model", result.model);
-  form.append("stream", "true");
-  form.append("include[]", "gate");
-  for (const level of ["segment", "word"]) form.append("timestamp_granularities[]", level);
-  if ($("language").value.trim()) form.append("language", $("language").value.trim());
-  const response = await ask("v1/audio/transcriptions", { method: "POST", body: form });
-  let complete = false;
-  for await (const event of eventsOf(response)) {
-    if (event.error) throw new Error(event.error.message);
-    if (event.type === "transcript.text.delta") result.addText(event.delta);
-    if (event.type === "transcript.text.done") {
-      complete = true;
-      if (!event.text) result.addText("(no speech)");
-    }
+async function transcribeWith(file, result, length, signal) {
+  const began = performance.now();
+  const fields = { model: result.model.id, task: $("task").value, language: $("language").value, prompt: $("prompt").value };
+  for await (const event of transcriptionEvents(file, fields, signal)) {
     if (event.type === "transcript.text.segment") {
       result.addSegment(event);
-      result.addWords(event.words ?? []);
+      progress(result.done, await length, (performance.now() - began) / 1000);
+    }
+    if (event.type === "transcript.text.done") {
+      if (!event.text) result.say("(no speech)");
+      result.setLanguage(event.language);
     }
   }
-  if (!complete) throw new Error("the connection ended before the text did; try again");
+  result.done = await length;
+  result.drawSoon();
 }
 
-async function* eventsOf(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch(() => ({ done: true }));
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) yield JSON.parse(block.replace(/^data: /, ""));
-  }
+function progress(done, length, spent) {
+  if (!length) return say(`${clock(done)} transcribed`);
+  const left = (spent / done) * (length - done);
+  const about = left > 90 ? `${Math.round(left / 60)} min` : `${Math.max(1, Math.round(left))} s`;
+  say(`${clock(done)} of ${clock(length)}, about ${about} left`);
+}
+
+async function playSample() {
+  const response = await fetch("sample.opus");
+  const file = new File([await response.blob()], "sample in noise.opus", { type: "audio/ogg" });
+  if (!$("compare").value && models.length > 1) $("compare").value = models.find((m) => m.id !== $("model").value).id;
+  give([file]);
+  play(0);
 }
 
 // ------------------------------------------------------------------------------------------------------ microphone
@@ -263,21 +197,22 @@ async function startRecording() {
   busy = true;
   if (!models.length) await loadModels();
   if (!navigator.mediaDevices) throw new Error("the browser gives the microphone to https pages and localhost only");
-  const sound = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } }).catch(() => {
+  // the browser's own clean-up is made for calls; the model wants the sound as it is
+  const asIs = { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false };
+  const sound = await navigator.mediaDevices.getUserMedia({ audio: asIs }).catch(() => {
     throw new Error("the microphone can't be used; allow it for this page and check that it is plugged in");
   });
-  $("results").replaceChildren();
   const context = new AudioContext({ sampleRate: RATE });
-  const result = new Result($("model").value);
+  const [result] = show(`recording ${new Date().toLocaleTimeString()}`, [$("model").value]);
   const url = new URL("v1/audio/live", location.href);
   url.protocol = url.protocol.replace("http", "ws");
   const socket = new WebSocket(url);
-  live = { sound, context, socket, result, done: false };
+  live = { sound, context, socket, result, done: false, pieces: [] };
   setBusy(true);
-  socket.onopen = () =>
-    socket.send(
-      JSON.stringify({ model: result.model, language: $("language").value.trim(), api_key: $("key").value }),
-    );
+  socket.onopen = () => {
+    const [language, task, prompt] = ["language", "task", "prompt"].map((id) => $(id).value);
+    socket.send(JSON.stringify({ model: result.model.id, language, task, prompt, api_key: key.get() }));
+  };
   socket.onmessage = ({ data }) => heardBack(JSON.parse(data));
   socket.onclose = () => {
     if (live && !live.done) fail(LOST);
@@ -288,15 +223,23 @@ async function startRecording() {
   });
   if (!live) return; // closed by the server already
   const recorder = new AudioWorkletNode(context, "recorder");
-  recorder.port.onmessage = ({ data }) => {
-    if (socket.readyState !== WebSocket.OPEN || !live || live.stopping) return;
-    socket.send(data);
-    result.peaks.push(...peaksOf(Float32Array.from(new Int16Array(data), (x) => x / 32768)));
-  };
+  recorder.port.onmessage = ({ data }) => heardSound(data);
   context.createMediaStreamSource(sound).connect(recorder);
   $("record").setAttribute("aria-pressed", "true");
   $("record-label").textContent = "Stop";
+  $("live").hidden = false;
   say("Listening …");
+}
+
+function heardSound(data) {
+  if (!live || live.stopping || live.socket.readyState !== WebSocket.OPEN) return;
+  live.socket.send(data);
+  live.pieces.push(data);
+  const peaks = peaksOf(Float32Array.from(new Int16Array(data), (x) => x / 32768));
+  live.result.peaks.push(...peaks);
+  live.result.drawSoon();
+  $("level").value = Math.sqrt(Math.max(...peaks));
+  $("clock").textContent = clock(live.result.seconds);
 }
 
 function heardBack(message) {
@@ -308,10 +251,14 @@ function heardBack(message) {
   }
   if (message.type === "done") live.done = true;
   if (message.type !== "update") return;
-  for (const word of message.words) result.addText(word.word);
+  let words = message.words;
+  for (const segment of message.segments) {
+    words = words.slice(segment.words.length - result.openWords);
+    result.addSegment(segment);
+  }
+  for (const word of words) result.addWord(word);
   result.setPending(message.pending);
-  for (const segment of message.segments) result.addSegment(segment);
-  result.addWords(message.words);
+  result.done = message.now;
 }
 
 function stopRecording() {
@@ -331,35 +278,61 @@ function closeRecording() {
   live.sound.getTracks().forEach((track) => track.stop());
   live.context.close();
   say($("error").hidden ? "Done." : "");
-  live.result.removeIfEmpty();
+  if (live.result.empty) live.result.element.remove();
+  hear(wavOf(live.pieces));
   live = null;
+  $("live").hidden = true;
   setBusy(false);
   $("record").setAttribute("aria-pressed", "false");
   $("record-label").textContent = "Record";
+  next();
+}
+
+function wavOf(pieces) {
+  const size = pieces.reduce((sum, piece) => sum + piece.byteLength, 0);
+  const head = new DataView(new ArrayBuffer(44));
+  const text = (at, letters) => [...letters].forEach((c, i) => head.setUint8(at + i, c.charCodeAt(0)));
+  text(0, "RIFF");
+  head.setUint32(4, 36 + size, true);
+  text(8, "WAVEfmt ");
+  head.setUint32(16, 16, true);
+  [1, 1].forEach((value, i) => head.setUint16(20 + 2 * i, value, true));
+  head.setUint32(24, RATE, true);
+  head.setUint32(28, 2 * RATE, true);
+  [2, 16].forEach((value, i) => head.setUint16(32 + 2 * i, value, true));
+  text(36, "data");
+  head.setUint32(40, size, true);
+  return new Blob([head, ...pieces], { type: "audio/wav" });
 }
 
 // ---------------------------------------------------------------------------------------------------------- events
 
 $("file").onchange = () => {
-  transcribeFile($("file").files[0]);
+  give($("file").files);
   $("file").value = "";
 };
 $("record").onclick = () => {
   if (live) stopRecording();
   else if (!busy)
     startRecording().catch((error) => {
-      fail(error.message);
+      fail(error);
       busy = false;
       closeRecording();
     });
 };
-$("key").onchange = () => loadModels().catch((error) => fail(error.message));
+$("sample").onclick = () => playSample().catch(fail);
+$("model").onchange = offerLanguages;
+$("key-form").onsubmit = (event) => {
+  event.preventDefault();
+  key.set($("key").value);
+  loadModels().catch(fail);
+};
 $("options").onsubmit = (event) => event.preventDefault();
 for (const type of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(type, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", type === "dragover");
-    if (type === "drop") transcribeFile(event.dataTransfer.files[0]);
+    if (type === "drop") give(event.dataTransfer.files);
   });
 }
-loadModels().catch((error) => fail(error.message));
+loadModels().catch(fail);
