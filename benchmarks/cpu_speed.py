@@ -26,7 +26,7 @@ import torch
 from whisper.normalizers import EnglishTextNormalizer
 
 from dawhisper import load_audio
-from dawhisper.evaluation.recognizers import Decoding, load, parse_models
+from dawhisper.evaluation.recognizers import Decoding, load_recognizer, parse_models
 
 
 def load_clips(manifest: Path, limit: int) -> list[tuple[np.ndarray, str]]:
@@ -42,7 +42,7 @@ def start(given: str, beam: int | None, threads: int) -> None:
     global model
     torch.set_num_threads(threads)
     name, _, dtype = given.rpartition(":")
-    model = load(parse_models([name])[0], Decoding(beam, dtype=dtype), torch.device("cpu"), seed=0)
+    model = load_recognizer(parse_models([name])[0], Decoding(beam, dtype=dtype), torch.device("cpu"), seed=0)
 
 
 def hear(audio: np.ndarray) -> tuple[float, str]:

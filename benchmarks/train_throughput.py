@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dawhisper.distributed import World
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
+from dawhisper.tools.throughput import SIZES
 from dawhisper.training.cuda_graphs import Replay
 from dawhisper.training.flops import peak_flops, training_flops
 from dawhisper.training.inputs import Inputs, count
@@ -39,13 +40,6 @@ from dawhisper.training.optimizer import make_optimizer, optimizer_step
 from dawhisper.training.parallel import attention_kernel, parallelise
 from dawhisper.training.recipe import OptimOptions
 
-SIZES = {
-    "tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),
-    "base": ModelDimensions(80, 1500, 512, 8, 6, 51865, 448, 512, 8, 6),
-    "small": ModelDimensions(80, 1500, 768, 12, 12, 51865, 448, 768, 12, 12),
-    "medium": ModelDimensions(80, 1500, 1024, 16, 24, 51865, 448, 1024, 16, 24),
-    "large-v3": ModelDimensions(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 32),
-}
 BATCH = {"tiny": 32, "base": 32, "small": 32, "medium": 16, "large-v3": 16}
 CROSS_ENTROPY = ObjectiveOptions(cross_entropy=1.0, logits=0.0, encoder=0.0, attention=0.0, gate=0.1, silence=0.0)
 LABEL_FREE = ObjectiveOptions()
@@ -195,7 +189,7 @@ def measure(step: Step, options: argparse.Namespace, device: torch.device) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "small", "large-v3"])
+    parser.add_argument("--sizes", nargs="+", choices=BATCH, default=["base", "small", "large-v3"])
     parser.add_argument("--who", nargs="+", default=["ours", "label-free", "transformers", "openai-whisper"])
     parser.add_argument("--batch", type=int, default=0, help="windows; 0 = 32, and 16 for medium and large-v3")
     parser.add_argument("--tokens", type=int, default=64)

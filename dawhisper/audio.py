@@ -355,3 +355,20 @@ def _collect(media: Media, sr: int, start: float, end: float | None, origin: flo
         at += len(block)
         blocks[i] = block[:0]  # so that the whole recording is not held twice
     return samples, length
+
+
+def to_int16(audio: np.ndarray) -> np.ndarray:
+    """Float audio in [-1, 1] -> int16, rounded and clipped; int16 stays as it is."""
+    if audio.dtype == np.int16:
+        return audio
+    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def from_int16(samples: np.ndarray) -> np.ndarray:
+    """16-bit samples as float32 in [-1, 1)."""
+    return samples.astype(np.float32) / 32768
+
+
+def fitted_int16(audio: np.ndarray) -> np.ndarray:
+    """As 16-bit samples; what would clip is made quieter as a whole."""
+    return np.rint(audio / max(1.0, float(np.abs(audio).max(initial=0.0))) * 32767).astype("<i2")

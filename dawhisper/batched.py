@@ -103,7 +103,7 @@ class BatchedRecording:
 
 
 @dataclass(frozen=True)
-class Job:
+class PendingWindow:
     """A window to be decoded."""
 
     recording: BatchedRecording
@@ -138,7 +138,7 @@ def iter_batched(
     warn_of_translated_words(options)
     detector()  # loaded here, since its import changes torch's threads for a moment
     size = options.batch_size or 1
-    again: deque[Job] = deque()  # what windows left unheard
+    again: deque[PendingWindow] = deque()  # what windows left unheard
     with (
         closing(read_ahead(read(recordings, options), size)) as pieces,
         tqdm(unit="s", disable=options.verbose is not False) as bar,
@@ -212,10 +212,10 @@ def read_ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
 
 def next_batch(
     pieces: Iterator[tuple[BatchedRecording, Chunk | Skip | Exception | None]],
-    again: deque[Job],
+    again: deque[PendingWindow],
     size: int,
     options: TranscribeOptions,
-) -> tuple[list[Job], list[BatchedRecording]]:
+) -> tuple[list[PendingWindow], list[BatchedRecording]]:
     """Up to `size` windows, and the recordings about which something new is known or will be."""
     batch = [again.popleft() for _ in range(min(size, len(again)))]
     touched = {job.recording: None for job in batch}  # a set that keeps its order
@@ -226,7 +226,7 @@ def next_batch(
             recording.duration = piece.seek / FRAMES_PER_SECOND + piece.size / FRAMES_PER_SECOND
             if piece.size:
                 recording.slots.append(Slot())
-                batch.append(Job(recording, recording.slots[-1], piece))
+                batch.append(PendingWindow(recording, recording.slots[-1], piece))
         elif isinstance(piece, Skip):
             recording.duration = piece.end
             recording.skipped.append(piece)
@@ -236,7 +236,7 @@ def next_batch(
     return batch, list(touched)
 
 
-def hear_batch(model: Whisper, batch: list[Job], options: TranscribeOptions) -> list[Split]:
+def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOptions) -> list[Split]:
     """What each window gave."""
     if not batch:
         return []
@@ -260,14 +260,14 @@ def hear_batch(model: Whisper, batch: list[Job], options: TranscribeOptions) -> 
 
 
 def decode_jobs(
-    model: Whisper, mel: torch.Tensor, jobs: list[Job], options: TranscribeOptions
+    model: Whisper, mel: torch.Tensor, jobs: list[PendingWindow], options: TranscribeOptions
 ) -> Iterator[DecodingResult]:
     """Decode windows [B, n_mels, frames], all of one language at once; find the language of new recordings first."""
     if not jobs:
         return iter(())
     with torch.no_grad():
         features = model.encode(mel.to(model.dtype))
-    new: dict[BatchedRecording, Job] = {}  # with its first window
+    new: dict[BatchedRecording, PendingWindow] = {}  # with its first window
     for job in jobs:
         if not job.recording.language:
             new.setdefault(job.recording, job)
@@ -289,7 +289,11 @@ def decode_jobs(
 
 
 def first_languages(
-    model: Whisper, new: list[Job], jobs: list[Job], features: AudioFeatures, options: TranscribeOptions
+    model: Whisper,
+    new: list[PendingWindow],
+    jobs: list[PendingWindow],
+    features: AudioFeatures,
+    options: TranscribeOptions,
 ) -> list[str]:
     """The languages of new recordings, of each in its first speech; its window's features serve where that is in it."""
     if not new:
@@ -304,7 +308,7 @@ def first_languages(
     return spoken_languages(model, mel.to(model.dtype), options)
 
 
-def settle(job: Job, split: Split, options: TranscribeOptions) -> Job | None:
+def settle(job: PendingWindow, split: Split, options: TranscribeOptions) -> PendingWindow | None:
     """Put a window's segments in their place; returns what is left of it to be heard."""
     for skip in split.skipped:
         say(skip, options)
@@ -312,6 +316,6 @@ def settle(job: Job, split: Split, options: TranscribeOptions) -> Job | None:
     job.slot.segments += spoken(split.segments, job.window)
     resume = split.resume if split.resume > job.chunk.seek else job.window.end
     if resume < job.window.end and (not split.heard or job.chunk.has_speech(resume)):
-        return Job(job.recording, job.slot, job.chunk.rest(resume))
+        return PendingWindow(job.recording, job.slot, job.chunk.rest(resume))
     job.slot.open = False
     return None

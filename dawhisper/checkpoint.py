@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dawhisper.fast.int8 import quantize
+from dawhisper.fast.int8 import quantize_linears
 from dawhisper.formats.adapter import merged
 from dawhisper.formats.dawhisper import SCALE_SUFFIX, read_configuration, read_dawhisper, unpacked
 from dawhisper.formats.foreign import foreign_format, refusal
@@ -105,7 +105,7 @@ def load_model(
         model.add_second_branch(dual)
     elif dual is not None and model.dual != dual:
         raise CheckpointError(f"{path}: this model has a second branch already ({model.dual}); leave `dual` out")
-    return quantize(model.eval()) if dtype == "int8" else model.eval()
+    return quantize_linears(model.eval()) if dtype == "int8" else model.eval()
 
 
 def read_config(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = vars(parser.parse_args(words))
         check_numbers(args)
         name = args.pop("command")
-        return run(next(command for command in COMMANDS if command.name == name), args)
+        return call(next(command for command in COMMANDS if command.name == name), args)
     except DawhisperError as error:
         return fail(str(error))
     except KeyboardInterrupt:
@@ -156,7 +156,7 @@ def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
         add_options(parser, DecodingOptions, {"best_of": 5, "beam_size": 5})
 
 
-def run(command: Command, args: dict[str, Any]) -> int:
+def call(command: Command, args: dict[str, Any]) -> int:
     """Call the command's function with what was parsed; the exit code."""
     module = module_of(command)
     function, options = getattr(module, command.function), build(getattr(module, command.options), args)

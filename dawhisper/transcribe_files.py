@@ -113,7 +113,7 @@ def transcribe_files(
             failed = report(described(outcome.error, path))
         if outcome.result is not None:
             try:
-                write(outcome.result, names[outcome.place], output_dir, writing)
+                write_outputs(outcome.result, names[outcome.place], output_dir, writing)
             except OSError as error:
                 failed = report(f"can't write the output of {path}: {error.strerror or error}")
             except Exception as error:
@@ -229,7 +229,7 @@ def batch(model: Whisper, unfinished: dict[int, BatchedRecording], options: Tran
             yield Outcome(place, recording.result(), interrupted=True)
 
 
-def write(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:
+def write_outputs(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:
     formats = WRITERS if writing.output_format == "all" else (writing.output_format,)
     for output_format in formats:
         WRITERS[output_format](str(output_dir))(result.to_dict(), f"{name}.audio", **writing.lines())

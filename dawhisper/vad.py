@@ -18,8 +18,8 @@ import torch
 from .audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, SampleReader
 from .errors import OptionError
 
-FRAME = 512  # samples that the detector judges at once, 32 ms
-STEP = 5 * FRAME  # 160 ms
+VAD_FRAME = 512  # samples that the detector judges at once, 32 ms
+STEP = 5 * VAD_FRAME  # 160 ms
 BLOCK = 200 * STEP  # 32 s, read and judged at once
 CONTEXT = 8 * STEP  # the detector hears 1.3 s before a block again, to be settled when the block starts
 LONGEST = N_SAMPLES // STEP  # steps of a window: 29.92 s
@@ -109,7 +109,7 @@ class _Buffer:
             block = self.reader.read(size)
             self.ended = len(block) < BLOCK
             if len(block):
-                frames = detector()(np.concatenate([self.before, block]))[len(self.before) // FRAME :]
+                frames = detector()(np.concatenate([self.before, block]))[len(self.before) // VAD_FRAME :]
                 frames = np.pad(frames, (0, -len(frames) % 5))
                 self.speech = np.concatenate([self.speech, frames.reshape(-1, 5).max(axis=1)])
                 self.samples = np.concatenate([self.samples, block])
@@ -174,7 +174,7 @@ def loudness(samples: np.ndarray) -> np.ndarray:
 
     In steady noise everything counts as speech: rather decode noise than lose words.
     """
-    frames = np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME)
+    frames = np.pad(samples, (0, -len(samples) % VAD_FRAME)).reshape(-1, VAD_FRAME)
     decibels = 10 * np.log10(np.square(frames, dtype=np.float64).mean(axis=1) + 1e-12)
     floor = max(float(np.percentile(decibels, 95)) - 35, -60.0)
     return 1 / (1 + np.exp(-(decibels - floor) / 5))

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dawhisper.audio import SAMPLE_RATE, load_audio
-from dawhisper.data.manifest import MAX_SECONDS, MIN_SECONDS, to_int16
+from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
+from dawhisper.data.manifest import MAX_SECONDS, MIN_SECONDS
 from dawhisper.data.prepare import encode_audio
 from dawhisper.errors import DataError, DawhisperError
 

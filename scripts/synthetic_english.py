@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dawhisper.audio import SAMPLE_RATE, load_audio
-from dawhisper.data.manifest import MAX_SECONDS, MIN_SECONDS, Utterance, in_processes, to_int16, write_manifest
+from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
+from dawhisper.data.manifest import MAX_SECONDS, MIN_SECONDS, Utterance, in_processes, write_manifest
 from dawhisper.data.prepare import encode_audio
 from dawhisper.errors import DataError, DawhisperError
 

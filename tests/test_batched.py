@@ -17,7 +17,7 @@ from helpers.sound import noise, write_wav
 import dawhisper
 from dawhisper import batched, vad, window
 from dawhisper.audio import SampleReader, load_audio
-from dawhisper.batched import BatchedRecording, Job, Slot, iter_batched, settle
+from dawhisper.batched import BatchedRecording, PendingWindow, Slot, iter_batched, settle
 from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.evaluation.metrics import count_words, normalizer
@@ -108,7 +108,7 @@ def test_what_is_left_of_a_window() -> None:
     assert (rest.seek, rest.size) == (500, 1500)
     assert np.array_equal(rest.samples, audio[80000:])
     options, slot = TranscribeOptions(), Slot()
-    job = Job(BatchedRecording(audio), slot, chunk)
+    job = PendingWindow(BatchedRecording(audio), slot, chunk)
     again = settle(job, Split([], 500), options)
     assert again is not None
     assert again.chunk.seek == 500

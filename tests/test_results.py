@@ -19,8 +19,8 @@ import dawhisper
 from dawhisper.decoding import DecodingOptions, asked_language
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import Whisper
-from dawhisper.serve.worker import Clip, Engine
-from dawhisper.transcribe_files import WriterOptions, write
+from dawhisper.serve.worker import Engine, TranscriptionTask
+from dawhisper.transcribe_files import WriterOptions, write_outputs
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription
 
 QUICK = {"language": "en", **FAST, **SURE}
@@ -61,14 +61,14 @@ def test_what_says_nothing_is_in_no_output(tmp_path: Path) -> None:
     """A recording that begins with noise: its first segments are empty, with words or without."""
     for empty in (segment("", []), segment(" ", None), segment("")):
         result = Transcription(" Hello", [empty, segment(" Hello", start=1, end=2), empty], "en")
-        write(result, "a", tmp_path, WriterOptions())
+        write_outputs(result, "a", tmp_path, WriterOptions())
         assert (tmp_path / "a.srt").read_text() == "1\n00:00:01,000 --> 00:00:02,000\nHello\n\n"
         assert (tmp_path / "a.vtt").read_text() == "WEBVTT\n\n00:01.000 --> 00:02.000\nHello\n\n"
         assert (tmp_path / "a.tsv").read_text() == "start\tend\ttext\n1000\t2000\tHello\n"
         assert (tmp_path / "a.txt").read_text() == "Hello\n"
         assert len(json.loads((tmp_path / "a.json").read_text())["segments"]) == 1
     nothing = Transcription("", [segment("", [])], "en")
-    write(nothing, "b", tmp_path, WriterOptions())
+    write_outputs(nothing, "b", tmp_path, WriterOptions())
     assert (tmp_path / "b.srt").read_text() == ""
 
 
@@ -106,7 +106,7 @@ def test_no_time_beyond_the_recording(seconds: float, words: bool, batch_size: i
 def test_no_time_beyond_a_clip_of_the_server(model: Whisper) -> None:
     engine = Engine({"m": model}, batch_size=2)
     options = TranscribeOptions.of(word_timestamps=True, **QUICK)
-    futures = [engine.submit(Clip("m", noise(3.21, seed=i), options)) for i in range(4)]
+    futures = [engine.submit(TranscriptionTask("m", noise(3.21, seed=i), options)) for i in range(4)]
     for future in futures:
         for start, end in spans(future.result()):
             assert 0 <= start <= end <= 3.21

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import pytest
 from whisper.utils import ResultWriter
 
-from dawhisper.transcribe_files import WriterOptions, write
+from dawhisper.transcribe_files import WriterOptions, write_outputs
 from dawhisper.transcription import Segment, Transcription
 from dawhisper.writers import WRITERS
 
@@ -25,7 +25,7 @@ class WriteSBV(ResultWriter):
 def test_a_new_format(chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WRITERS, "sbv", WriteSBV)
     segment = Segment(0, 0, 0.0, 1.5, "one <two>", [1], 0.0, -0.1, 1.0, 0.0)
-    write(Transcription("one <two>", [segment], "en"), "clip", tmp_path, WriterOptions(chosen))
+    write_outputs(Transcription("one <two>", [segment], "en"), "clip", tmp_path, WriterOptions(chosen))
     assert (tmp_path / "clip.sbv").read_text() == "0.0,1.5\none <two>\n\n"
     written = {path.suffix[1:] for path in tmp_path.iterdir()}
     assert written == (set(WRITERS) if chosen == "all" else {"sbv"})

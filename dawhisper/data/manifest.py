@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dawhisper.audio import SAMPLE_RATE, load_audio
+from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
 from dawhisper.errors import DataError, DawhisperError
 from dawhisper.files import write_lines
 from dawhisper.media import open_media
@@ -268,13 +268,6 @@ def decode_audio(utterance: Utterance) -> np.ndarray:
     if not audio.any():
         raise DataError("silent: every sample is zero")
     return to_int16(audio)
-
-
-def to_int16(audio: np.ndarray) -> np.ndarray:
-    """Float audio in [-1, 1] -> int16, rounded and clipped; int16 stays as it is."""
-    if audio.dtype == np.int16:
-        return audio
-    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def _has_nan(u: Utterance) -> bool:

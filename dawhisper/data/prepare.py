@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dawhisper.audio import SAMPLE_RATE
+from dawhisper.audio import SAMPLE_RATE, from_int16
 from dawhisper.errors import DataError, OptionError
 from dawhisper.files import AUDIO_SUFFIXES, audio_files, reading_text, write_lines
 from dawhisper.options import option
@@ -136,7 +136,7 @@ class PrepareReport:
 
 
 @dataclass(frozen=True)
-class Item:
+class CorpusItem:
     """What a source lists: an utterance and the official split it belongs to, if the release has splits."""
 
     utterance: Utterance
@@ -199,7 +199,7 @@ def detect_format(source: Path) -> str:
     return "folder"
 
 
-def _librispeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _librispeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with "ID TEXT" lines, and ID.flac beside them."""
     for transcript in sorted(root.rglob("*.trans.txt")):
         speaker = transcript.name.split("-")[0]
@@ -234,7 +234,7 @@ def _common_voice_folders(root: Path) -> list[Path]:
     )
 
 
-def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """train/dev/test.tsv and clips/. What is only in validated.tsv goes to train, but for the speakers of dev and test.
 
     (The official training split leaves out most validated clips: in a small language that is a large share.)
@@ -270,7 +270,7 @@ def _fleurs_folders(root: Path) -> list[Path]:
 FLEURS_LANGUAGES = {"cmn": "zh", "fil": "tl", "nb": "no", "jv": "jw"}  # where its first part is not Whisper's code
 
 
-def _fleurs(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _fleurs(root: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """LANG/{train,dev,test}.tsv (id, file, raw text, ...; no header) and LANG/audio/SPLIT/ or audio/SPLIT.tar.gz."""
     for folder in _fleurs_folders(root):
         code = folder.name.split("_")[0]
@@ -309,7 +309,7 @@ def _fleurs_audio(folder: Path, split: str, out: Path, report: Report) -> Path:
     return target
 
 
-def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """metadata.csv (id|text|normalised text) and wavs/ID.wav"""
     for line in _lines(root / "metadata.csv", options.encoding):
         columns = line.split("|")
@@ -317,7 +317,7 @@ def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[I
         yield _item(root / "wavs" / f"{columns[0]}.wav", text, options.language or "en", "ljspeech", "ljspeech")
 
 
-def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """Audio files anywhere below, each with a .txt of the same name beside it; the subfolder is the speaker."""
     for file in audio_files(root):
         folder = file.parent.relative_to(root).as_posix()
@@ -330,11 +330,11 @@ def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[Ite
         yield _item(file, text, options.language, below, root.name)
 
 
-def _manifest(source: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _manifest(source: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """A manifest, a folder with one, or shards."""
     for u in read_manifest(source, report):
         text = _clean(u.text)
-        yield Item(replace(u, text=text, language=u.language or options.language))
+        yield CorpusItem(replace(u, text=text, language=u.language or options.language))
 
 
 COLUMNS = {
@@ -349,7 +349,7 @@ COLUMNS = {
 }
 
 
-def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Item]:
+def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """A CSV or TSV whose header names its columns (see COLUMNS), or without header: audio, text."""
     first = next(_lines(source, options.encoding), "")
     delimiter = "\t" if source.suffix.lower() == ".tsv" else max(",;|\t", key=first.count)
@@ -387,7 +387,7 @@ def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[It
         yield replace(item, utterance=replace(item.utterance, start=start, end=end))
 
 
-FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[Item]]] = {
+FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[CorpusItem]]] = {
     "librispeech": _librispeech,
     "commonvoice": _common_voice,
     "fleurs": _fleurs,
@@ -405,9 +405,9 @@ def _item(
     speaker: str | None,
     source: str | None,
     split: str | None = None,
-) -> Item:
+) -> CorpusItem:
     u = Utterance(os.path.abspath(audio), _clean(text), language=language, speaker=speaker, source=source)  # noqa: PTH100
-    return Item(u, split)
+    return CorpusItem(u, split)
 
 
 def _clean(text: str | None) -> str | None:
@@ -437,13 +437,13 @@ def _rows(
 # ---- checking -----------------------------------------------------------------------------------------------------
 
 
-def _candidates(items: list[Item], options: PrepareOptions, report: Report) -> list[Item]:
+def _candidates(items: list[CorpusItem], options: PrepareOptions, report: Report) -> list[CorpusItem]:
     """What is worth decoding: with text where text is needed, and listed for the first time."""
     needs_text = options.kind == "speech" and not options.untranscribed
     with_text = [bool(i.utterance.text) for i in items]
     if needs_text and items and not any(with_text) and not options.label_with:
         raise DataError(f"no text for any of the {len(items)} clips in {options.source}: --untranscribed keeps them so")
-    kept: dict[str, Item] = {}
+    kept: dict[str, CorpusItem] = {}
     for item, has_text in zip(items, with_text):
         u = item.utterance
         if needs_text and not has_text and not (options.label_with and u.text is None):
@@ -455,7 +455,7 @@ def _candidates(items: list[Item], options: PrepareOptions, report: Report) -> l
     return list(kept.values())
 
 
-def _checked(items: list[Item], options: PrepareOptions, report: Report) -> list[Item]:
+def _checked(items: list[CorpusItem], options: PrepareOptions, report: Report) -> list[CorpusItem]:
     """Decode everything that was not decoded before; keep what is sound and of a fit length."""
     path = Path(options.out) / CHECKED
     known = {line["key"]: line for line in _read_lines(path)}
@@ -536,7 +536,7 @@ def _in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int 
 # ---- labelling ----------------------------------------------------------------------------------------------------
 
 
-def _labelled(items: list[Item], options: PrepareOptions) -> list[Item]:
+def _labelled(items: list[CorpusItem], options: PrepareOptions) -> list[CorpusItem]:
     """Add teacher_text: what a Whisper hears in the clean clips, greedily, many at a time."""
     path = Path(options.out) / LABELLED
     known = {line["key"]: line for line in _read_lines(path) if line["model"] == options.label_with}
@@ -583,7 +583,7 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
     for language, group in groups.items():
         group.sort(key=lambda pair: -pair[1].duration)  # the longest first: memory runs out at once or never
         for batch in _chunks(group, options.batch_size):
-            clips = [decode_audio(u).astype(np.float32) / 32768 for _, u in batch]
+            clips = [from_int16(decode_audio(u)) for _, u in batch]
             mel = mel_batch(model, clips)
             results = decode(model, mel, DecodingOptions(language=language, without_timestamps=True, temperature=0.0))
             assert isinstance(results, list)  # one for each row of the batch
@@ -604,7 +604,7 @@ def _wanted_split(options: PrepareOptions, form: str) -> tuple[float, float, flo
     return 0.9, 0.05, 0.05
 
 
-def _split(items: list[Item], options: PrepareOptions, form: str, notes: list[str]) -> dict[str, list[Utterance]]:
+def _split(items: list[CorpusItem], options: PrepareOptions, form: str, notes: list[str]) -> dict[str, list[Utterance]]:
     """Items -> the manifests, by name: official splits where the release has them, otherwise by speaker."""
     shares = _wanted_split(options, form)
     if shares is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from whisper.tokenizer import LANGUAGES
 
-from dawhisper.audio import SAMPLE_RATE, load_audio
+from dawhisper.audio import SAMPLE_RATE, fitted_int16, load_audio
 from dawhisper.data.manifest import Report, Utterance, read_manifest
 from dawhisper.data.targets import whisper_language
 from dawhisper.errors import DataError, OptionError, near_names
@@ -31,7 +31,7 @@ from dawhisper.noise.mixing import Mixture, active_power, add_noise, measure_snr
 from dawhisper.noise.recordings import NoiseBank
 
 WITH_SNR = (*MADE, "babble", "real")
-KINDS = ("clean", *WITH_SNR, "reverb", "noise-only")
+CONDITION_KINDS = ("clean", *WITH_SNR, "reverb", "noise-only")
 DEFAULT_KINDS = ("clean", "white", "babble", "real", "reverb", "noise-only")
 DEFAULT_SNRS = (20.0, 10.0, 5.0, 0.0, -5.0)
 
@@ -60,10 +60,12 @@ class Condition:
 def conditions(kinds: Sequence[str], snrs: Sequence[float]) -> list[Condition]:
     """Each kind at each SNR; clean, reverb and noise-only stand alone. OptionError for what can't be asked."""
     for kind in kinds:
-        if kind not in KINDS:
-            raise OptionError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}{near_names(kind, KINDS)}")
+        if kind not in CONDITION_KINDS:
+            raise OptionError(
+                f"unknown kind {kind!r}; kinds are {', '.join(CONDITION_KINDS)}{near_names(kind, CONDITION_KINDS)}"
+            )
     if not kinds:
-        raise OptionError(f"no kind of condition is asked for; kinds are {', '.join(KINDS)}")
+        raise OptionError(f"no kind of condition is asked for; kinds are {', '.join(CONDITION_KINDS)}")
     if not snrs and any(kind in WITH_SNR for kind in kinds):
         raise OptionError("noise needs an SNR: give --snr, for example --snr 10 0")
     if not all(math.isfinite(snr) for snr in snrs):
@@ -73,7 +75,7 @@ def conditions(kinds: Sequence[str], snrs: Sequence[float]) -> list[Condition]:
 
 
 @dataclass(frozen=True)
-class Item:
+class EvaluationItem:
     """An utterance and the name that it has in results and on other machines."""
 
     id: str
@@ -93,12 +95,12 @@ class Item:
         return self.utterance.duration or len(read(self)) / SAMPLE_RATE
 
 
-def read_items(manifests: Sequence[str | Path], language: str | None = None) -> list[list[Item]]:
+def read_items(manifests: Sequence[str | Path], language: str | None = None) -> list[list[EvaluationItem]]:
     """The utterances of each manifest, their languages as codes; `language` is that of all, whatever they say.
 
     DataError for an utterance that can't be read, has no text, or whose audio is missing.
     """
-    found: list[list[Item]] = []
+    found: list[list[EvaluationItem]] = []
     taken: set[str] = set()
     for manifest in manifests:
         items = []
@@ -115,7 +117,7 @@ def read_items(manifests: Sequence[str | Path], language: str | None = None) -> 
             if not path.is_file():
                 raise DataError(f"{manifest}: no such audio file: {path}; check the manifest's audio paths")
             utterance = replace(utterance, language=language or _code(utterance.language))
-            items.append(Item(_unique(_name(utterance), taken), utterance))
+            items.append(EvaluationItem(_unique(_name(utterance), taken), utterance))
         found.append(items)
     return found
 
@@ -153,7 +155,7 @@ class Mixer:
 
     def __init__(
         self,
-        pool: Sequence[Item],
+        pool: Sequence[EvaluationItem],
         seed: int = 0,
         noises: NoiseBank | None = None,
         rirs: NoiseBank | None = None,
@@ -168,7 +170,7 @@ class Mixer:
         if "babble" in kinds and len({item.recording for item in self.pool}) < 2:
             raise OptionError("the kind babble needs other utterances: give more manifests, or leave it out of --kinds")
 
-    def __call__(self, item: Item, condition: Condition) -> Mixture:
+    def __call__(self, item: EvaluationItem, condition: Condition) -> Mixture:
         speech = torch.from_numpy(read(item))[None]  # [1, S]
         lengths = torch.tensor([speech.shape[1]])
         generator = self.generator(item, condition.kind)
@@ -185,7 +187,7 @@ class Mixer:
         audio, noise = add_noise(speech, noise, torch.tensor([condition.snr]), lengths)
         return replace(clean, audio=audio, noise=noise, snr_db=measure_snr(speech, noise, lengths))
 
-    def generator(self, item: Item, kind: str) -> torch.Generator:
+    def generator(self, item: EvaluationItem, kind: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}\n{item.id}\n{kind}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -199,7 +201,7 @@ class Mixer:
             names = [f"{Path(name).name} {n}" for name, n in zip(bank.names, bank.lengths.tolist())]
         return hashlib.sha256("\n".join([str(self.seed), *names]).encode()).hexdigest()
 
-    def _noise(self, item: Item, kind: str, n_samples: int, generator: torch.Generator) -> Tensor:
+    def _noise(self, item: EvaluationItem, kind: str, n_samples: int, generator: torch.Generator) -> Tensor:
         """-> [1, n_samples]"""
         if kind == "babble":
             return self._babble(item, n_samples, generator)[None]
@@ -207,7 +209,7 @@ class Mixer:
             return MADE.get(kind, MADE["white"])(1, n_samples, generator)
         return self.noises.sample(n_samples, generator)[None]
 
-    def _babble(self, item: Item, n_samples: int, generator: torch.Generator) -> Tensor:
+    def _babble(self, item: EvaluationItem, n_samples: int, generator: torch.Generator) -> Tensor:
         """Five equally loud other utterances, looped from random places; of other speakers where there are any."""
         others = [x for x in self.pool if x.recording != item.recording]
         speaker = item.utterance.speaker
@@ -237,7 +239,7 @@ class Mixer:
         return tail
 
 
-def read(item: Item) -> np.ndarray:
+def read(item: EvaluationItem) -> np.ndarray:
     """The samples of an utterance, float32 [n]."""
     u = item.utterance
     return _read(u.audio, u.start or 0.0, u.end, u.offset, u.size)
@@ -256,7 +258,7 @@ def _read(path: str, start: float, end: float | None, offset: int | None, size: 
 def write_wav(path: Path, audio: np.ndarray) -> None:
     """16-bit WAV; what would clip is made quieter as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    samples = np.rint(audio / max(1.0, float(np.abs(audio).max(initial=0.0))) * 32767).astype("<i2")
+    samples = fitted_int16(audio)
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, len(samples), "NONE", "not compressed"))
         file.writeframes(samples.tobytes())

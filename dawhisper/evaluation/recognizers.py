@@ -123,7 +123,7 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
             raise CheckpointError(f"no such folder: {spec.path}; --model hf: takes a folder in transformers' format")
 
 
-def load(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
+def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
     if not spec.backend:
         return Ours(spec, decoding, device, seed)

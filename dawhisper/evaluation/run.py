@@ -34,10 +34,18 @@ from dawhisper.noise.recordings import NoiseBank
 from dawhisper.options import option
 from dawhisper.window import mel_batch
 
-from . import metrics
-from . import recognizers as backends
-from . import tables as report
-from .conditions import DEFAULT_KINDS, DEFAULT_SNRS, KINDS, Condition, Item, Mixer, conditions, read_items, write_wav
+from . import metrics, recognizers, tables
+from .conditions import (
+    CONDITION_KINDS,
+    DEFAULT_KINDS,
+    DEFAULT_SNRS,
+    Condition,
+    EvaluationItem,
+    Mixer,
+    conditions,
+    read_items,
+    write_wav,
+)
 from .gates import GateReading, read_gates, summarize
 from .recognizers import DTYPES, Decoding, ModelSpec, Ours, Recognizer
 from .scores import Hypothesis, Scorer
@@ -73,7 +81,7 @@ class EvaluateOptions:
     )
     noise: Sequence[str] = option((), "recordings of noise, for the kinds real and noise-only", metavar="DIR")
     rirs: Sequence[str] = option((), "room impulse responses for reverb; made up by default", name="rir", metavar="DIR")
-    kinds: Sequence[str] = option((), f"{' '.join(KINDS)}; all but pink and brown by default", metavar="KIND")
+    kinds: Sequence[str] = option((), f"{' '.join(CONDITION_KINDS)}; all but pink and brown by default", metavar="KIND")
     snrs: Sequence[float] = option(DEFAULT_SNRS, "of the noise", name="snr", metavar="DB")
     out: str = option("evaluation", "folder for the results", metavar="DIR")
     seed: int = option(0, "of the mixtures and the bootstrap")
@@ -109,15 +117,15 @@ class EvaluateOptions:
             object.__setattr__(self, "kinds", tuple(made))
 
 
-def evaluate(options: EvaluateOptions) -> report.Results | None:
+def evaluate(options: EvaluateOptions) -> tables.Results | None:
     """Measure, write the results to `options.out` and return them (on the first rank; None on others).
 
     Raises a DawhisperError for models, manifests, recordings and options that can't be used, before decoding starts
     wherever that can be known.
     """
     wanted = conditions(options.kinds, options.snrs)
-    models = backends.parse_models(options.models)
-    backends.check_models(models, options.dtype)
+    models = recognizers.parse_models(options.models)
+    recognizers.check_models(models, options.dtype)
     language = None if options.language in (None, "auto") else language_code(str(options.language))
     manifests = read_items(options.manifests, language)
     items = [item for manifest in manifests for item in manifest[: options.limit]]
@@ -144,7 +152,7 @@ def evaluate(options: EvaluateOptions) -> report.Results | None:
     if not world.main:
         return None
     results = summarize_all(options, models, scorer, hypotheses, wanted)
-    report.write(results, Path(options.out), options.plots)
+    tables.write_results(results, Path(options.out), options.plots)
     return results
 
 
@@ -160,7 +168,7 @@ def _bank(sources: Sequence[str], option: str, trim_silence: bool) -> NoiseBank 
     return bank
 
 
-def write_mixtures(folder: Path, mixer: Mixer, items: Sequence[Item], wanted: Sequence[Condition]) -> None:
+def write_mixtures(folder: Path, mixer: Mixer, items: Sequence[EvaluationItem], wanted: Sequence[Condition]) -> None:
     """FOLDER/CONDITION/UTTERANCE.wav, to listen to."""
     for condition in wanted:
         for item in items:
@@ -174,7 +182,7 @@ def summarize_all(
     scorer: Scorer,
     hypotheses: Sequence[Hypothesis],
     wanted: Sequence[Condition],
-) -> report.Results:
+) -> tables.Results:
     scored = [scorer.score_one(h) for h in hypotheses]
     by_name = {c.name: c for c in wanted}
     gates = []
@@ -182,7 +190,7 @@ def summarize_all(
         readings = [(by_name[h.condition], h.gates) for h in hypotheses if h.model == spec.label and h.gates]
         if readings:
             gates.append(summarize(spec.label, readings))
-    return report.Results(
+    return tables.Results(
         options=asdict(options),
         models={spec.label: spec.spec for spec in models},
         conditions=list(wanted),
@@ -201,17 +209,17 @@ class Work:
     """A batch: utterances of one language under one condition, all within a window or one that is longer."""
 
     condition: Condition
-    items: list[Item]
+    items: list[EvaluationItem]
     language: str | None
 
 
-def plan(items: Sequence[Item], wanted: Sequence[Condition], detect: bool, batch_size: int) -> list[Work]:
+def plan(items: Sequence[EvaluationItem], wanted: Sequence[Condition], detect: bool, batch_size: int) -> list[Work]:
     """The batches of a model, of utterances of like length. They depend on nothing that is done already.
 
     detect: the model is not told the language.
     """
     work = []
-    groups: dict[tuple[str | None, bool], list[Item]] = {}
+    groups: dict[tuple[str | None, bool], list[EvaluationItem]] = {}
     for item in sorted(items, key=lambda item: (-item.seconds, item.id)):
         long = item.seconds > N_SAMPLES / SAMPLE_RATE
         groups.setdefault((_language(item, detect), long), []).append(item)
@@ -222,7 +230,7 @@ def plan(items: Sequence[Item], wanted: Sequence[Condition], detect: bool, batch
     return work
 
 
-def _language(item: Item, detect: bool) -> str | None:
+def _language(item: EvaluationItem, detect: bool) -> str | None:
     """What the model is told; None, to detect it, also for what Whisper has no token for."""
     code = item.utterance.language
     return code if code in LANGUAGES and not detect else None
@@ -232,7 +240,7 @@ def _evaluate(
     spec: ModelSpec,
     options: EvaluateOptions,
     mixer: Mixer,
-    items: Sequence[Item],
+    items: Sequence[EvaluationItem],
     wanted: Sequence[Condition],
     world: World,
 ) -> list[Hypothesis]:
@@ -245,7 +253,7 @@ def _evaluate(
     mine = batches[world.rank :: world.size]
     missing = [work for work in (_missing(work, keys, done) for work in mine) if work.items]
     if missing:
-        recognize = backends.load(spec, decoding, world.device, options.seed)
+        recognize = recognizers.load_recognizer(spec, decoding, world.device, options.seed)
         recognize([np.zeros(SAMPLE_RATE, np.float32)], "en")  # so that the first batch is not timed with its start-up
         total = sum(len(work.items) for work in missing)
         with (
@@ -323,7 +331,7 @@ class Keys:
     def of(self, work: Work) -> list[str]:
         return [self._one(item, work.condition) for item in work.items]
 
-    def _one(self, item: Item, condition: Condition) -> str:
+    def _one(self, item: EvaluationItem, condition: Condition) -> str:
         size = Path(item.utterance.audio).stat().st_size  # another recording under the same name
         parts = [*self.common, str(_language(item, self.detect)), item.id, str(size), condition.name]
         return _digest([*parts, self.sources[condition.kind]])

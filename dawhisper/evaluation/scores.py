@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import metrics
-from .conditions import Condition, Item
+from .conditions import Condition, EvaluationItem
 from .gates import GateReading
 from .metrics import Comparison, Counts, Interval
 
@@ -40,7 +40,7 @@ class Scored:
     """A hypothesis beside its reference, both also as normalised for counting."""
 
     hypothesis: Hypothesis
-    item: Item
+    item: EvaluationItem
     reference: str
     text: str
     words: Counts
@@ -95,19 +95,19 @@ class Paired:
 class Scorer:
     """Scores hypotheses; the seed and number of samples are the bootstrap's."""
 
-    items: Sequence[Item]
+    items: Sequence[EvaluationItem]
     conditions: Sequence[Condition]
     normalizer: str = "auto"
     samples: int = 10_000
     seed: int = 0
-    by_id: dict[str, Item] = field(init=False)
+    by_id: dict[str, EvaluationItem] = field(init=False)
     references: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.by_id = {item.id: item for item in self.items}
         self.references = {item.id: self._normalize(item)(item.utterance.text or "") for item in self.items}
 
-    def _normalize(self, item: Item) -> Callable[[str], str]:
+    def _normalize(self, item: EvaluationItem) -> Callable[[str], str]:
         return metrics.normalizer(self.normalizer, item.utterance.language)
 
     def score_one(self, hypothesis: Hypothesis) -> Scored:
@@ -228,7 +228,7 @@ def _array(cells: Sequence[Sequence[Scored]], value: Callable[[Scored], int]) ->
     return np.array([[value(s) for s in cell] for cell in cells], dtype=np.float64)
 
 
-def _speakers(items: Sequence[Item]) -> list[str] | None:
+def _speakers(items: Sequence[EvaluationItem]) -> list[str] | None:
     """The speaker of each; None where one is not known."""
     names = [item.utterance.speaker for item in items]
     return None if None in names else [str(name) for name in names]

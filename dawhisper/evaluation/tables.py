@@ -40,7 +40,7 @@ class Results:
         raise KeyError((model, condition, group))
 
 
-def write(results: Results, folder: Path, plots: bool = True) -> None:
+def write_results(results: Results, folder: Path, plots: bool = True) -> None:
     """results.txt, .md, .json and .csv and the plots into the folder; the text also goes to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = make_tables(results)

@@ -199,9 +199,9 @@ def fill(room: CrossMemory, memory: CrossMemory) -> None:
             heads = slice(branch * x.shape[1], (branch + 1) * x.shape[1])
             place = (room.key, room.value)[which][:, heads]
             if place.dtype == torch.int8:
-                from .token_step import quantize
+                from .token_step import quantize_memory
 
-                quantize(x, place, room.scales[:, heads, which])  # type: ignore[attr-defined]
+                quantize_memory(x, place, room.scales[:, heads, which])  # type: ignore[attr-defined]
             else:
                 place.copy_(x)
     for kept, new in zip(room.noise or (), memory.noise or ()):

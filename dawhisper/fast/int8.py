@@ -142,7 +142,7 @@ class Bf16MemoryDecoder(TextDecoder):
         return [memory.stacked(torch.bfloat16) for memory in self.memories(features)]
 
 
-def quantize(model: Whisper) -> Whisper:
+def quantize_linears(model: Whisper) -> Whisper:
     """Put the linear layers of an fp32 model on the CPU into int8, in place. It can't be trained or saved then.
 
     OptionError where there are no int8 kernels for the processor.

@@ -232,7 +232,7 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     return token, logprob
 
 
-def quantize(x: Tensor, y: Tensor, scales: Tensor) -> None:
+def quantize_memory(x: Tensor, y: Tensor, scales: Tensor) -> None:
     """Keys or values [B, h, T, e] to int8 `y` and the scales [B, h, e] of their channels, float32."""
     batch, n_head, n_position, e = x.shape
     kernels.quantize[(batch, n_head)](

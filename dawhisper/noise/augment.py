@@ -28,7 +28,7 @@ from .random_numbers import draw, step_generator
 from .recordings import NoiseBank
 
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
-KINDS = ("real", "babble", *MADE)
+NOISE_KINDS = ("real", "babble", *MADE)
 PAD_SAMPLES = SAMPLE_RATE // 2  # batches have whole half seconds
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
 
@@ -122,7 +122,7 @@ class AugmentOptions:
         for name, value in vars(self).items():
             if name.endswith("_prob") and not 0 <= value <= 1:
                 raise OptionError(f"{name} must lie between 0 and 1, not {value}")
-            if name in KINDS and value < 0:
+            if name in NOISE_KINDS and value < 0:
                 raise OptionError(f"{name} is a weight and can't be negative, not {value}")
             if name in ("snr", "mild_snr", "gain_db", "talkers", "vary_speed") and (
                 len(value) != 2 or value[0] > value[1]
@@ -227,10 +227,10 @@ class Augment:
         return Mixture(heard, speech, noise, true_snr, lengths, kind)
 
     def _weights(self, batch: int) -> list[float]:
-        """Weight of each of KINDS, 0 for what can't be made."""
+        """Weight of each of NOISE_KINDS, 0 for what can't be made."""
         o = self.options
         can = {"real": self.noises is not None, "babble": self.speech is not None or batch > 1}
-        return [getattr(o, kind) if can.get(kind, True) else 0.0 for kind in KINDS]
+        return [getattr(o, kind) if can.get(kind, True) else 0.0 for kind in NOISE_KINDS]
 
     def _speed(self, x: Tensor, lengths: Tensor, chosen: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Play the chosen clips at another speed (and pitch); slower only where the result stays within 30 s."""
@@ -269,12 +269,14 @@ class Augment:
         chosen = torch.stack([noisy, noisy & second])
         drawn = torch.multinomial(weights, 2 * batch, replacement=True, generator=g).view(2, batch)
         level = torch.stack([torch.ones(batch), 10 ** (draw((-10.0, 0.0), batch, g) / 20)])
-        names = [[KINDS[k] for k in one] for one in drawn.tolist()]
+        names = [[NOISE_KINDS[k] for k in one] for one in drawn.tolist()]
         for turn, row in torch.nonzero(chosen).tolist():
             kind[row] = f"{kind[row]}+{names[turn][row]}" if turn else names[turn][row]
-        others = ((kind,) for kind in KINDS if kind not in COLOURS)
+        others = ((kind,) for kind in NOISE_KINDS if kind not in COLOURS)
         for group in (*others, tuple(COLOURS)):
-            places = torch.nonzero(chosen & torch.isin(drawn, torch.tensor([KINDS.index(name) for name in group])))
+            places = torch.nonzero(
+                chosen & torch.isin(drawn, torch.tensor([NOISE_KINDS.index(name) for name in group]))
+            )
             if not len(places):
                 continue
             turn, row = places.unbind(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dawhisper.audio import SAMPLE_RATE
 
-FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
+SNR_FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause
 MAX_NOISE_CREST_DB = 20.0  # noise may be this much louder in the pauses than under the speech, no more
 
@@ -29,14 +29,14 @@ def length_mask(lengths: Tensor, n_samples: int) -> Tensor:
 
 def frame_energy(x: Tensor) -> Tensor:
     """Sum of the squares of each 20 ms frame, the last one filled up with zeros. x [B, S] -> [B, F]"""
-    frames = F.pad(x.float(), (0, -x.shape[-1] % FRAME)).unflatten(-1, (-1, FRAME))
+    frames = F.pad(x.float(), (0, -x.shape[-1] % SNR_FRAME)).unflatten(-1, (-1, SNR_FRAME))
     return torch.linalg.vector_norm(frames, dim=-1).square()  # reads x once and writes nothing else
 
 
 def active_samples(energy: Tensor, lengths: Tensor) -> Tensor:
     """How many samples of active speech each frame has: 0 in a pause. energy [B, F], lengths [B] -> int64 [B, F]"""
-    start = torch.arange(energy.shape[-1], device=energy.device) * FRAME
-    count = (lengths[:, None] - start).clamp(0, FRAME)
+    start = torch.arange(energy.shape[-1], device=energy.device) * SNR_FRAME
+    count = (lengths[:, None] - start).clamp(0, SNR_FRAME)
     power = energy / count.clamp(min=1)  # the last frame may be a partial one
     return count * (power > power.amax(-1, keepdim=True) * 10 ** (-ACTIVE_RANGE_DB / 10))
 
@@ -50,7 +50,7 @@ def active_mask(x: Tensor, lengths: Tensor) -> Tensor:
     """True on the samples of active speech (see the module's docstring). x [B, S], lengths [B] -> bool [B, S]"""
     valid = length_mask(lengths, x.shape[-1])
     active = active_samples(frame_energy(x * valid), lengths) > 0
-    return active.repeat_interleave(FRAME, dim=-1)[:, : x.shape[-1]] & valid
+    return active.repeat_interleave(SNR_FRAME, dim=-1)[:, : x.shape[-1]] & valid
 
 
 def active_power(x: Tensor, lengths: Tensor) -> Tensor:

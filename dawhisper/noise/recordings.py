@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dawhisper.audio import SAMPLE_RATE
-from dawhisper.data.manifest import Utterance, decode_audio, in_processes, read_manifest, to_int16
+from dawhisper.audio import SAMPLE_RATE, to_int16
+from dawhisper.data.manifest import Utterance, decode_audio, in_processes, read_manifest
 from dawhisper.distributed import onto
 from dawhisper.errors import DataError
 from dawhisper.files import AUDIO_SUFFIXES, audio_files
 
 from .generators import _talker_levels
-from .mixing import FRAME, unit_power
+from .mixing import SNR_FRAME, unit_power
 
 
 class NoiseBank:
@@ -163,7 +163,7 @@ def _read_noise(recording: Utterance, trim: bool) -> tuple[np.ndarray | None, st
     except DataError as error:
         return None, str(error)
     if trim:
-        frames = np.pad(audio, (0, -len(audio) % FRAME)).reshape(-1, FRAME)
+        frames = np.pad(audio, (0, -len(audio) % SNR_FRAME)).reshape(-1, SNR_FRAME)
         power = np.square(frames, dtype=np.float32).mean(-1)
         audio = frames[power > power.max() * 1e-6].reshape(-1)
     return audio, ""

@@ -58,7 +58,7 @@ from dawhisper.writers import WRITERS
 
 from .sources import pcm_samples
 from .stream import Stream, StreamOptions, Update, as_dict, warm_up
-from .worker import Clip, Engine, QueueFull, Stopped
+from .worker import TranscriptionTask, Engine, QueueFull, Stopped
 
 FIELDS = {
     "model": "a name that /v1/models lists; the first one by default",
@@ -356,7 +356,7 @@ class Service:
         gates = "gate" in values.get("include", [])
         options = TranscribeOptions.of(
             task=task,
-            language=usable_language(name, model, one("language") or None, task),
+            language=checked_language(name, model, one("language") or None, task),
             initial_prompt=prompt or None,
             word_timestamps=gates or "word" in granularities,
             **({"temperature": temperature} if temperature else {}),  # 0 is what falls back to others
@@ -365,7 +365,7 @@ class Service:
         return Asked(name, empty, options, response_format, granularities, stream in ("true", "1"), gates)
 
 
-def usable_language(name: str, model: Whisper, language: str | None, task: str) -> str | None:
+def checked_language(name: str, model: Whisper, language: str | None, task: str) -> str | None:
     """The code of the language asked for; ApiError where the model can't do that."""
     try:
         code = asked_language(language)
@@ -434,7 +434,7 @@ def event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(finite(body), ensure_ascii=False)}\n\n"
 
 
-async def wait_for(future: Future[Any], clip: Clip, request: Request, seconds: float) -> Transcription:
+async def wait_for(future: Future[Any], clip: TranscriptionTask, request: Request, seconds: float) -> Transcription:
     """The result; a client that has gone or waited too long stops the work."""
     waiting = asyncio.wrap_future(future)
     deadline = time.monotonic() + seconds
@@ -457,7 +457,7 @@ async def events(service: Service, asked: Asked, admission: contextlib.ExitStack
     def tell(segment: Segment | None) -> None:
         loop.call_soon_threadsafe(told.put_nowait, segment)
 
-    clip = Clip(asked.model, asked.samples, asked.options, on_segment=tell)
+    clip = TranscriptionTask(asked.model, asked.samples, asked.options, on_segment=tell)
     with admission:
         try:
             future = service.engine.submit(clip)
@@ -503,7 +503,7 @@ class Live:
         name = service.model_named(given.get("model", "whisper-1"))
         model = service.engine.models[name]
         task = given.get("task", "transcribe")
-        language = usable_language(name, model, given.get("language"), task)
+        language = checked_language(name, model, given.get("language"), task)
         prompt = given.get("prompt", "")[:4000] or None
         options = StreamOptions(language=language, task=task, initial_prompt=prompt)
         stream = Stream(model, options)
@@ -686,7 +686,7 @@ def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None =
                         media_type="text/event-stream",
                         headers={"Cache-Control": "no-store"},
                     )
-                clip = Clip(asked.model, asked.samples, asked.options)
+                clip = TranscriptionTask(asked.model, asked.samples, asked.options)
                 result = await wait_for(engine.submit(clip), clip, request, left)
                 return formatted(asked, result)
             except (ApiError, DawhisperError, QueueFull, Stopped, asyncio.TimeoutError) as error:

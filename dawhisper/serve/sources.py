@@ -35,7 +35,7 @@ def read_pcm(source: BinaryIO, seconds: float) -> Iterator[np.ndarray]:
 
 
 def pcm_samples(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768
+    return from_int16(np.frombuffer(data, "<i2"))
 
 
 def read_ahead(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

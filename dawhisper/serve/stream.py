@@ -93,7 +93,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Hypothesis:
+class LiveHypothesis:
     """The words decoded after the final ones, and the window's result.
 
     doubtful: the text repeats itself, is unlikely, stands for silence, or is longer than what can be said in its time.
@@ -173,9 +173,9 @@ class Stream:
         """Whether somebody speaks in the last seconds (5 ms of work for 1 s, 30 ms for 15 s)."""
         n = round(seconds * SAMPLE_RATE)
         speech = vad.detector()(self.buffer[-(n + vad.CONTEXT) :])
-        return bool((speech[-(n // vad.FRAME) :] >= vad.THRESHOLD).any())
+        return bool((speech[-(n // vad.VAD_FRAME) :] >= vad.THRESHOLD).any())
 
-    def _decode(self) -> Hypothesis:
+    def _decode(self) -> LiveHypothesis:
         """Decode what follows the final words of the buffer."""
         self.fresh = 0
         model, n = self.model, len(self.buffer)
@@ -194,8 +194,8 @@ class Stream:
         )
         result = decode_windows(model, features, options)[0]
         if len(result.tokens) == longest or self._is_doubtful(result):
-            return Hypothesis([], result, doubtful=True)
-        return Hypothesis(self._timed(prefix, result, features), result, doubtful=False)
+            return LiveHypothesis([], result, doubtful=True)
+        return LiveHypothesis(self._timed(prefix, result, features), result, doubtful=False)
 
     def _most_tokens(self) -> int:
         """How many tokens can have been said after the final words: without an end a loop takes seconds."""
@@ -226,7 +226,7 @@ class Stream:
             words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tuple(timing.tokens)))
         return words
 
-    def _stable(self, hypothesis: Hypothesis) -> int:
+    def _stable(self, hypothesis: LiveHypothesis) -> int:
         """How many of the hypothesis' words are final."""
         words, before = hypothesis.words, self.previous
         if self.options.policy == "attention":
@@ -246,7 +246,7 @@ class Stream:
             return True
         return not self.final and is_silence(self.model, result, self.thresholds)
 
-    def _commit(self, hypothesis: Hypothesis, n: int) -> Update:
+    def _commit(self, hypothesis: LiveHypothesis, n: int) -> Update:
         """Make the first n words final."""
         words = hypothesis.words[:n]
         self.previous = hypothesis.words[n:]
@@ -260,7 +260,7 @@ class Stream:
                 segments += self._close(hypothesis.result)
         return Update(words, segments=segments)
 
-    def _end_turn(self, hypothesis: Hypothesis) -> Update:
+    def _end_turn(self, hypothesis: LiveHypothesis) -> Update:
         update = self._commit(hypothesis, len(hypothesis.words))
         self._remember(self.final)
         self.final, self.previous = [], []
@@ -304,10 +304,10 @@ class Stream:
         self.final = self.final[last + 1 :]
         # word times are a little off: the quietest moment around the border belongs to neither word
         first, end = (round((w.start + w.end) / 2 * SAMPLE_RATE) - self.start for w in (before, behind))
-        frames = (end - first) // vad.FRAME
+        frames = (end - first) // vad.VAD_FRAME
         if frames > 0:
-            levels = vad.loudness(self.buffer[first : first + frames * vad.FRAME])
-            end = first + vad.FRAME * int(levels.argmin()) + vad.FRAME // 2
+            levels = vad.loudness(self.buffer[first : first + frames * vad.VAD_FRAME])
+            end = first + vad.VAD_FRAME * int(levels.argmin()) + vad.VAD_FRAME // 2
         self._forget(end)
         return Update()
 

@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 @dataclass(eq=False)
-class Clip:
+class TranscriptionTask:
     """A recording to transcribe: samples [n] at 16 kHz. `stop` it when nobody waits for it any more.
 
     on_segment: called in the worker's thread as soon as a segment is known; such a clip
@@ -66,7 +66,7 @@ class Clip:
     def is_short(self) -> bool:
         return self.on_segment is None and len(self.samples) <= N_SAMPLES
 
-    def goes_with(self, other: Clip, model: Whisper) -> bool:
+    def goes_with(self, other: TranscriptionTask, model: Whisper) -> bool:
         """Whether both can be decoded in one batch; a model of variable context would hear a longer one's padding."""
         alike = other.is_short and other.model == self.model and other.options == self.options
         return alike and other.padded(model) == self.padded(model)
@@ -77,10 +77,10 @@ class Clip:
 
 
 @dataclass(eq=False)
-class Job:
+class Queued:
     """A place in the queue: a clip, or anything else that the worker is to call."""
 
-    work: Clip | Callable[[], Any]
+    work: TranscriptionTask | Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -95,15 +95,15 @@ class Engine:
         on_batch: Callable[[int], None] = lambda size: None,
     ):
         self.models, self.batch_size, self.max_queue, self.on_batch = models, batch_size, max_queue, on_batch
-        self.jobs: deque[Job] = deque()
+        self.jobs: deque[Queued] = deque()
         self.changed = threading.Condition()
         self.closing = False
         self.thread = threading.Thread(target=self._work, name="dawhisper-engine", daemon=True)
         self.thread.start()
 
-    def submit(self, work: Clip | Callable[[], Any]) -> Future[Any]:
+    def submit(self, work: TranscriptionTask | Callable[[], Any]) -> Future[Any]:
         """A clip's Transcription, or what the callable returns. QueueFull where too many wait."""
-        job = Job(work)
+        job = Queued(work)
         with self.changed:
             if self.closing or len(self.jobs) >= self.max_queue:
                 raise QueueFull
@@ -128,7 +128,7 @@ class Engine:
     def _work(self) -> None:
         while jobs := self._take():
             running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            clips = [job.work for job in running if isinstance(job.work, Clip)]
+            clips = [job.work for job in running if isinstance(job.work, TranscriptionTask)]
             if len(clips) > 1:
                 self._run_together(running, clips)
             else:
@@ -136,7 +136,7 @@ class Engine:
                     self._run(job)
             del jobs, running, clips  # an idle worker holds no audio
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[Queued]:
         """The next job, and the clips in the queue that go with it; [] at the end."""
         with self.changed:
             self.changed.wait_for(lambda: self.jobs or self.closing)
@@ -144,22 +144,24 @@ class Engine:
                 return []
             taken = [self.jobs.popleft()]
             first = taken[0].work
-            if isinstance(first, Clip) and first.is_short:
+            if isinstance(first, TranscriptionTask) and first.is_short:
                 model = self.models[first.model]
-                fitting = (j for j in self.jobs if isinstance(j.work, Clip) and first.goes_with(j.work, model))
+                fitting = (
+                    j for j in self.jobs if isinstance(j.work, TranscriptionTask) and first.goes_with(j.work, model)
+                )
                 taken += itertools.islice(fitting, self.batch_size - 1)
                 self.jobs = deque(job for job in self.jobs if job not in taken)
             return taken
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Queued) -> None:
         try:
-            result = self._alone(job.work) if isinstance(job.work, Clip) else job.work()
+            result = self._alone(job.work) if isinstance(job.work, TranscriptionTask) else job.work()
         except Exception as error:  # it belongs to the one who asked; the worker goes on
             job.future.set_exception(error)
         else:
             job.future.set_result(result)
 
-    def _run_together(self, jobs: list[Job], clips: list[Clip]) -> None:
+    def _run_together(self, jobs: list[Queued], clips: list[TranscriptionTask]) -> None:
         try:
             results = transcribe_together(self.models[clips[0].model], [c.samples for c in clips], clips[0].options)
         except Exception:  # whose fault it is shows alone
@@ -171,7 +173,7 @@ class Engine:
             else:
                 job.future.set_result(result)
 
-    def _alone(self, clip: Clip) -> Transcription:
+    def _alone(self, clip: TranscriptionTask) -> Transcription:
         self.on_batch(1)
         model = self.models[clip.model]
         if clip.stopped.is_set():

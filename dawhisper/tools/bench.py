@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dawhisper.audio import N_SAMPLES, SAMPLE_RATE, load_audio, log_mel_spectrogram
+from dawhisper.audio import N_SAMPLES, SAMPLE_RATE, from_int16, load_audio, log_mel_spectrogram
 from dawhisper.batched import BatchedRecording, iter_batched
 from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL
 from dawhisper.data.manifest import decode_audio, read_manifest
@@ -31,7 +31,15 @@ from dawhisper.decoding import DecodingOptions, decode, initial_tokens, model_to
 from dawhisper.device import DEVICE_HELP, THREADS_HELP
 from dawhisper.errors import OptionError, near_names
 from dawhisper.evaluation.metrics import count_words, error_rate, normalizer
-from dawhisper.evaluation.recognizers import Decoding, Faster, HuggingFace, ModelSpec, Ours, check_models, load
+from dawhisper.evaluation.recognizers import (
+    Decoding,
+    Faster,
+    HuggingFace,
+    ModelSpec,
+    Ours,
+    check_models,
+    load_recognizer,
+)
 from dawhisper.formats.huggingface import to_ctranslate2, to_transformers
 from dawhisper.model import Whisper
 from dawhisper.options import option
@@ -114,7 +122,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Clip:
+class BenchClip:
     audio: np.ndarray
     text: str
 
@@ -206,7 +214,7 @@ def load_contestant(contestant: Contestant, options: BenchOptions) -> Any:
     if backend in ("faster", "hf"):
         spec = replace(spec, path=str(converted(spec, options)))
     decoding = Decoding(options.beam_size, fallback=True, dtype=contestant.dtype)
-    return load(spec, decoding, device_of(options), seed=0)
+    return load_recognizer(spec, decoding, device_of(options), seed=0)
 
 
 def converted(spec: ModelSpec, options: BenchOptions) -> Path:
@@ -293,20 +301,20 @@ class _Text:
 # ----------------------------------------------------------------------------------------------------- competition
 
 
-def load_clips(given: Sequence[str], limit: int) -> list[Clip]:
+def load_clips(given: Sequence[str], limit: int) -> list[BenchClip]:
     """The recordings of manifests, and sound files."""
     clips = []
     for name in given:
         path = Path(name)
         if path.is_dir() or path.suffix in (".jsonl", ".tar"):
             utterances = read_manifest(path)[: limit or None]
-            clips += [Clip(decode_audio(u).astype(np.float32) / 32768, u.text or "") for u in utterances]
+            clips += [BenchClip(from_int16(decode_audio(u)), u.text or "") for u in utterances]
         else:
-            clips.append(Clip(load_audio(name), ""))
+            clips.append(BenchClip(load_audio(name), ""))
     return clips
 
 
-def compete(runners: dict[str, Runner], clips: list[Clip], options: BenchOptions) -> list[Tally]:
+def compete(runners: dict[str, Runner], clips: list[BenchClip], options: BenchOptions) -> list[Tally]:
     """Every contestant on every job, in turns; another one begins each time."""
     jobs = [list(range(len(clips)))] if options.batch_size else [[i] for i in range(len(clips))]
     labels = list(runners)
@@ -340,7 +348,7 @@ def tallied(
     label: str,
     heard: dict[int, list[Any]],
     ours: dict[int, list[Any]],
-    clips: list[Clip],
+    clips: list[BenchClip],
     seconds: float,
     first: list[float],
     language: str | None,

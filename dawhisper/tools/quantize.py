@@ -79,7 +79,7 @@ def quantize_file(options: QuantizeOptions) -> str:
         write_errors(errors, table)
         lines += [describe(errors), f"all layers: {table}"]
     if options.manifests:
-        lines.append(measure(options, out))
+        lines.append(word_errors(options, out))
     return "\n".join(lines)
 
 
@@ -169,7 +169,7 @@ def write_errors(errors: Sequence[LayerError], path: Path) -> None:
 # ---- word errors --------------------------------------------------------------------------------------------------
 
 
-def measure(options: QuantizeOptions, out: Path) -> str:
+def word_errors(options: QuantizeOptions, out: Path) -> str:
     """Word errors in noise of the model and of the int8 file: `dawhisper evaluate` of the two."""
     try:
         from dawhisper.evaluation.run import EvaluateOptions, evaluate

@@ -117,7 +117,7 @@ def visualize(options: VisualizeOptions) -> list[Path]:
     recordings = read_recordings(options)
     model = load_model(options.model, device=options.device)
     views = [look(model, audio, title, options, noise) for title, audio, noise in recordings]
-    return write(views, Path(options.model).stem, folder / Path(options.audio).stem, options.output_format)
+    return write_views(views, Path(options.model).stem, folder / Path(options.audio).stem, options.output_format)
 
 
 # ---- recordings ---------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def how_to_read(views: Sequence[View]) -> list[str]:
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
-def write(views: Sequence[View], model: str, stem: Path, output_format: str = "all") -> list[Path]:
+def write_views(views: Sequence[View], model: str, stem: Path, output_format: str = "all") -> list[Path]:
     """STEM.json, .html and .png, or one of them. Without matplotlib "all" leaves out the PNG; OptionError if asked."""
     formats = FORMATS if output_format == "all" else (output_format,)
     data = json.dumps(as_json(views, model), ensure_ascii=False, separators=(",", ":"))

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dawhisper.audio import CHUNK_LENGTH, N_SAMPLES_PER_TOKEN, log_mel_spectrogram, pad_or_trim
+from dawhisper.audio import CHUNK_LENGTH, N_SAMPLES_PER_TOKEN, fitted_int16, log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import DecodingOptions, decode_windows
 from dawhisper.distributed import World
-from dawhisper.evaluation.conditions import Condition, Item, Mixer, conditions, read_items
+from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, conditions, read_items
 from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import Whisper
 from dawhisper.noise.recordings import NoiseBank
@@ -34,14 +34,12 @@ class DevSet:
         mixer = Mixer(items, seed, noises)
         mixer.check(kinds)
         noisy = conditions(kinds, options.snr_db) if kinds else []
-        self.windows: list[tuple[str, Item, np.ndarray]] = []  # condition, utterance, int16 samples
+        self.windows: list[tuple[str, EvaluationItem, np.ndarray]] = []  # condition, utterance, int16 samples
         for index in range(world.rank, len(items), world.size):
             turns = range(index * options.per_clip, index * options.per_clip + min(options.per_clip, len(noisy)))
             for condition in [Condition("clean"), *(noisy[turn % len(noisy)] for turn in turns)]:
                 audio = mixer(items[index], condition).audio[0].numpy()
-                peak = max(1.0, float(np.abs(audio).max()))
-                samples = np.rint(audio / peak * 32767).astype(np.int16)
-                self.windows.append((condition.name, items[index], samples))
+                self.windows.append((condition.name, items[index], fitted_int16(audio)))
         self.names = ["clean", *(condition.name for condition in noisy)]
 
     @torch.no_grad()
@@ -85,6 +83,6 @@ class DevSet:
         return [result.text for result in decode_windows(model, features, options)]
 
 
-def _some(items: Sequence[Item], most: int) -> Sequence[Item]:
+def _some(items: Sequence[EvaluationItem], most: int) -> Sequence[EvaluationItem]:
     """At most that many, spread over the manifest; 0 = all."""
     return items if not most or len(items) <= most else [items[i * len(items) // most] for i in range(most)]

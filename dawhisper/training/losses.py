@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dawhisper.audio import N_SAMPLES_PER_TOKEN
+
 IGNORE = -100  # a label without loss
 ROWS = 1024  # token positions whose distributions over the vocabulary are looked at together
-FRAME = 320  # samples per encoder position: hop 160, halved in time by the encoder's second convolution
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, count: Tensor | None = None) -> Tensor:
@@ -182,7 +183,7 @@ def noise_mel(predicted: Tensor, target: Tensor, mask: Tensor, count: Tensor | N
 
 def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
     """Encoder positions that hear audio: lengths [B] samples -> [B, n_frames] bool; at least one is kept."""
-    frames = (lengths + FRAME - 1).div(FRAME, rounding_mode="floor").clamp(min=1)
+    frames = (lengths + N_SAMPLES_PER_TOKEN - 1).div(N_SAMPLES_PER_TOKEN, rounding_mode="floor").clamp(min=1)
     return torch.arange(n_frames, device=lengths.device)[None] < frames[:, None]
 
 
@@ -191,5 +192,5 @@ def _number(mask: Tensor, count: Tensor | None) -> Tensor:
 
 
 def _frame_energy(x: Tensor, n_frames: int) -> Tensor:
-    x = F.pad(x.float(), (0, max(0, n_frames * FRAME - x.shape[-1])))[:, : n_frames * FRAME]
-    return x.unflatten(-1, (n_frames, FRAME)).square().sum(-1)
+    x = F.pad(x.float(), (0, max(0, n_frames * N_SAMPLES_PER_TOKEN - x.shape[-1])))[:, : n_frames * N_SAMPLES_PER_TOKEN]
+    return x.unflatten(-1, (n_frames, N_SAMPLES_PER_TOKEN)).square().sum(-1)

@@ -105,7 +105,7 @@ class Run:
         }
         reports = self.world.gather(list(self.batches.loader.report))
         if self.world.main:
-            snapshots.write(state, self.out, self.step, self.recipe.loop.keep)
+            snapshots.write_snapshot(state, self.out, self.step, self.recipe.loop.keep)
             merged = Report()
             for what, why in (found for report in reports for found in report):
                 merged.add(what, why)
@@ -115,7 +115,9 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a snapshot."""
-        snapshots.load(self.student, self.optimizer, state, self.recipe.loop.fsdp, state["recipe"]["loop"]["fsdp"])
+        snapshots.load_snapshot(
+            self.student, self.optimizer, state, self.recipe.loop.fsdp, state["recipe"]["loop"]["fsdp"]
+        )
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"] is not None:
             self.average.model.load_state_dict(state["average"])
@@ -254,9 +256,9 @@ def find_snapshot(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     """The state to go on from, if any."""
     existing = snapshots.snapshots(out)
     if recipe.resume == "auto":
-        return snapshots.read(existing[-1]) if existing else None
+        return snapshots.read_snapshot(existing[-1]) if existing else None
     if recipe.resume != "none":
-        return snapshots.read(Path(recipe.resume))
+        return snapshots.read_snapshot(Path(recipe.resume))
     if existing and not recipe.dry_run:
         raise OptionError(f"{out} holds the checkpoints of a run: resume=auto goes on, out=OTHER starts a new one")
     return None

@@ -37,7 +37,7 @@ def snapshots(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def write(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
+def write_snapshot(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     """Save under a temporary name, rename, and remove all but the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step:07d}.pt"
@@ -50,7 +50,7 @@ def write(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     return path
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_snapshot(path: Path) -> dict[str, Any]:
     """Load a snapshot onto the CPU. Raises CheckpointError, one line."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -79,7 +79,7 @@ def optimizer_state(student: nn.Module, optimizer: torch.optim.Optimizer, sharde
     return get_optimizer_state_dict(student, optimizer, options=FULL) if sharded else optimizer.state_dict()
 
 
-def load(
+def load_snapshot(
     student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], sharded: bool, sharded_then: bool
 ) -> None:
     """Put a snapshot's weights and moments back."""

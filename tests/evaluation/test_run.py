@@ -20,10 +20,9 @@ import torch
 
 from dawhisper.checkpoint import load_model
 from dawhisper.errors import CheckpointError, DataError, OptionError
-from dawhisper.evaluation import metrics
+from dawhisper.evaluation import metrics, tables
 from dawhisper.evaluation import run as module
-from dawhisper.evaluation import tables as report
-from dawhisper.evaluation.conditions import Condition, Item, Mixer, conditions, read_items, write_wav
+from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, conditions, read_items, write_wav
 from dawhisper.evaluation.gates import noise_dominated, read_gates, summarize
 from dawhisper.evaluation.recognizers import ModelSpec, check_models, parse_models
 from dawhisper.evaluation.run import EvaluateOptions, evaluate, plan, read_hypotheses
@@ -90,14 +89,14 @@ def options(data: Path, out: Path, **changes: Any) -> EvaluateOptions:
 
 
 @pytest.fixture(scope="module")
-def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Results, Path]:
+def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[tables.Results, Path]:
     out = tmp_path_factory.mktemp("out")
     found = evaluate(options(data, out))
     assert found is not None
     return found, out
 
 
-def items_of(data: Path) -> list[Item]:
+def items_of(data: Path) -> list[EvaluationItem]:
     return [item for part in read_items([data / "set0/manifest.jsonl", data / "set1/manifest.jsonl"]) for item in part]
 
 
@@ -323,7 +322,7 @@ def test_model_names(tmp_path: Path) -> None:
 # ---- a whole run --------------------------------------------------------------------------------------------------
 
 
-def test_every_model_hears_every_utterance_in_every_condition(results: tuple[report.Results, Path]) -> None:
+def test_every_model_hears_every_utterance_in_every_condition(results: tuple[tables.Results, Path]) -> None:
     found, _ = results
     names = [c.name for c in found.conditions]
     assert names == [
@@ -337,7 +336,7 @@ def test_every_model_hears_every_utterance_in_every_condition(results: tuple[rep
     assert list(found.models) == ["single", "two"]
 
 
-def test_scores_follow_from_the_hypotheses(results: tuple[report.Results, Path]) -> None:
+def test_scores_follow_from_the_hypotheses(results: tuple[tables.Results, Path]) -> None:
     found, _ = results
     for model in found.models:
         rates = []
@@ -374,7 +373,7 @@ def test_empty_is_counted_where_there_is_something_to_say(data: Path) -> None:
     assert [s.empty for s in scored] == [True, False, False, False]
 
 
-def test_files_agree_with_each_other(results: tuple[report.Results, Path]) -> None:
+def test_files_agree_with_each_other(results: tuple[tables.Results, Path]) -> None:
     found, out = results
     stored = json.loads(
         (out / "results.json").read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
@@ -397,15 +396,15 @@ def test_files_agree_with_each_other(results: tuple[report.Results, Path]) -> No
 
 
 def test_no_matplotlib_is_a_note(
-    results: tuple[report.Results, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    results: tuple[tables.Results, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report.write(results[0], tmp_path)
+    tables.write_results(results[0], tmp_path)
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png")) and (tmp_path / "results.txt").is_file()
 
 
-def test_batch_size_and_order_do_not_matter(data: Path, tmp_path: Path, results: tuple[report.Results, Path]) -> None:
+def test_batch_size_and_order_do_not_matter(data: Path, tmp_path: Path, results: tuple[tables.Results, Path]) -> None:
     changes = {"kinds": ["noise-only", "real", "babble"], "snrs": [0.0], "batch_size": 1, "gates": False}
     turned = [str(data / "set1/manifest.jsonl"), str(data / "set0/manifest.jsonl")]
     again = evaluate(options(data, tmp_path, manifests=turned, models=[str(data / "single.safetensors")], **changes))
@@ -519,7 +518,7 @@ def free_port() -> int:
 
 
 def test_two_ranks_give_what_one_process_gives(
-    data: Path, tmp_path: Path, results: tuple[report.Results, Path]
+    data: Path, tmp_path: Path, results: tuple[tables.Results, Path]
 ) -> None:
     o = options(data, tmp_path)
     arguments = ["evaluate", *o.manifests, *(x for m in o.models for x in ("--model", m)), "--noise", *o.noise]
@@ -611,7 +610,7 @@ def test_summary_of_gates() -> None:
     assert math.isnan(summary.pearson[1]) and summary.pearson[2] == pytest.approx(1)
 
 
-def test_gates_in_the_results(results: tuple[report.Results, Path]) -> None:
+def test_gates_in_the_results(results: tuple[tables.Results, Path]) -> None:
     found, out = results
     assert [g.model for g in found.gates] == ["two"]
     assert set(found.gates[0].conditions) == {c.name for c in found.conditions}

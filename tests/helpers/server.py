@@ -20,7 +20,7 @@ import numpy as np
 
 from dawhisper.model import Whisper
 from dawhisper.serve.app import Server, ServerOptions, Service, create_app
-from dawhisper.serve.worker import Clip, Engine
+from dawhisper.serve.worker import Engine, TranscriptionTask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class Brief(Engine):
     """For random models, which are unsure of everything and would talk on: a few tokens, decoded once."""
 
-    def submit(self, work: Clip | Callable[[], Any]) -> Future[Any]:
-        if isinstance(work, Clip):
+    def submit(self, work: TranscriptionTask | Callable[[], Any]) -> Future[Any]:
+        if isinstance(work, TranscriptionTask):
             decoding = replace(work.options.decoding, sample_len=6, without_timestamps=True)
             work.options = replace(work.options, temperature=0.0, no_speech_threshold=None, decoding=decoding)
         return super().submit(work)

@@ -17,7 +17,7 @@ from helpers.noise import RATE, bank, generator, rirs, torchaudio_loads, voices
 from dawhisper.errors import OptionError
 from dawhisper.evaluation.conditions import conditions
 from dawhisper.noise import augment as noise
-from dawhisper.noise.augment import KINDS, SPEEDS, Augment, AugmentOptions, spec_augment, speed_changer
+from dawhisper.noise.augment import NOISE_KINDS, SPEEDS, Augment, AugmentOptions, spec_augment, speed_changer
 from dawhisper.noise.random_numbers import step_generator
 from dawhisper.noise.recordings import NoiseBank
 from tests.noise.test_mixing import reference_snr
@@ -90,7 +90,7 @@ def test_mixture_says_truly_what_is_in_it() -> None:
                 real = reference_snr(m.clean[i, :n].numpy(), m.noise[i, :n].numpy())
                 assert real == pytest.approx(float(m.snr_db[i]), abs=0.1)
         assert torch.isfinite(m.audio).all()
-    assert kinds == {"clean", *KINDS}
+    assert kinds == {"clean", *NOISE_KINDS}
 
 
 def test_plain_noise_is_clean_plus_noise_in_the_asked_range() -> None:
@@ -203,8 +203,8 @@ def test_wrong_options_are_named(wrong: dict[str, object], message: str) -> None
 
 
 def test_each_kind_has_a_weight_and_a_condition() -> None:
-    assert set(KINDS) <= {field.name for field in dataclasses.fields(AugmentOptions)}
-    assert {condition.kind for condition in conditions(KINDS, [0.0])} == set(KINDS)
+    assert set(NOISE_KINDS) <= {field.name for field in dataclasses.fields(AugmentOptions)}
+    assert {condition.kind for condition in conditions(NOISE_KINDS, [0.0])} == set(NOISE_KINDS)
 
 
 def test_noise_without_any_kind_is_an_error() -> None:

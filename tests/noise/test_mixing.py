@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.noise import bank, generator, voices
 
-from dawhisper.noise.augment import KINDS
+from dawhisper.noise.augment import NOISE_KINDS
 from dawhisper.noise.generators import babble, colored_noise, shaped_noise
 from dawhisper.noise.mixing import active_mask, active_power, add_noise, measure_snr
 
@@ -22,7 +22,7 @@ def reference_snr(speech: np.ndarray, noise: np.ndarray) -> float:
     return 10 * math.log10(np.mean(speech[active].astype(np.float64) ** 2) / np.mean(noise[active].astype(float) ** 2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_add_noise_reaches_the_snr_over_active_speech(kind: str) -> None:
     speech, lengths = voices()
     noise = {

@@ -31,7 +31,7 @@ import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.errors import OptionError
 from dawhisper.serve.app import Guard, Metrics, ServerOptions, load_models
-from dawhisper.serve.worker import Clip, Engine, transcribe_together
+from dawhisper.serve.worker import Engine, TranscriptionTask, transcribe_together
 from dawhisper.transcribe import transcribe
 from dawhisper.transcription import TranscribeOptions
 
@@ -149,7 +149,7 @@ def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: 
     engine = Engine({"m": model}, batch_size=3, on_batch=sizes.append)
     try:
         engine.submit(lambda: time.sleep(0.2))  # so that the clips wait together
-        futures = [engine.submit(Clip("m", clip, TranscribeOptions.of(**once))) for clip in clips]
+        futures = [engine.submit(TranscriptionTask("m", clip, TranscribeOptions.of(**once))) for clip in clips]
         assert [f.result(60).text for f in futures] == expected
         assert sizes == [3, 2]
     finally:
@@ -168,7 +168,7 @@ def test_clips_of_like_length_are_decoded_together_where_the_context_varies() ->
     engine = Engine({"m": model}, on_batch=sizes.append)
     try:
         engine.submit(lambda: time.sleep(0.2))  # so that the clips wait together
-        futures = [engine.submit(Clip("m", clip, options)) for clip in clips]
+        futures = [engine.submit(TranscriptionTask("m", clip, options)) for clip in clips]
         for future, alone in zip(futures, expected):
             together = future.result(60)
             assert together.text == alone.text
@@ -501,8 +501,8 @@ def test_an_error_in_a_batch_is_its_own_clips() -> None:
     options = TranscribeOptions.of(temperature=0.0, language="en", without_timestamps=True, sample_len=6)
     try:
         engine.submit(lambda: time.sleep(0.3))  # so that the others wait together
-        good = engine.submit(Clip("m", sound(0), options))
-        bad = engine.submit(Clip("m", np.zeros((2, 2, 2), np.float32), options))
+        good = engine.submit(TranscriptionTask("m", sound(0), options))
+        bad = engine.submit(TranscriptionTask("m", np.zeros((2, 2, 2), np.float32), options))
         assert good.result(30).language == "en"
         with pytest.raises(dawhisper.DawhisperError):
             bad.result(30)

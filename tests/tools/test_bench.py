@@ -20,7 +20,7 @@ from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import CheckpointError
 from dawhisper.formats.huggingface import to_ctranslate2, to_transformers, transformers_tokenizer
 from dawhisper.model import Whisper
-from dawhisper.tools.bench import BenchOptions, Clip, Contestant, Part, bytes_of_a_step, compete, peak_memory
+from dawhisper.tools.bench import BenchClip, BenchOptions, Contestant, Part, bytes_of_a_step, compete, peak_memory
 
 TEXT = " Hello, world: 12 naïve tests… salam, dünya!"
 
@@ -90,7 +90,10 @@ def test_contestants_take_turns_and_are_counted() -> None:
 
         return transcribe
 
-    clips = [Clip(np.zeros(16000, np.float32), "alpha beta gamma"), Clip(np.zeros(32000, np.float32), "delta")]
+    clips = [
+        BenchClip(np.zeros(16000, np.float32), "alpha beta gamma"),
+        BenchClip(np.zeros(32000, np.float32), "delta"),
+    ]
     runners = {
         "a": runner("a", {16000: "Alpha beta gamma.", 32000: "delta"}, 0.0),
         "b": runner("b", {16000: "alpha gamma", 32000: "delta"}, 0.0),
