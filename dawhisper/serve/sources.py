@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dawhisper.audio import SAMPLE_RATE
+from dawhisper.audio import SAMPLE_RATE, from_int16
 from dawhisper.errors import AudioError, OptionError
 
 MIC_PIECE = 0.1  # seconds
