@@ -17,7 +17,7 @@ from helpers.sound import noise, write_wav
 
 import dawhisper.transcribe_files
 from dawhisper.media import Media
-from dawhisper.transcribe_files import WriterOptions, output_names, write
+from dawhisper.transcribe_files import WriterOptions, output_names, write_outputs
 from dawhisper.transcription import Segment, Transcription
 
 
@@ -93,9 +93,9 @@ def test_an_unforeseen_error_in_a_writer_is_one_line(
     def broken(result: Transcription, name: str, folder: Path, writing: WriterOptions) -> None:
         if name == "first":
             raise KeyError("words")
-        write(result, name, folder, writing)
+        write_outputs(result, name, folder, writing)
 
-    monkeypatch.setattr("dawhisper.transcribe_files.write", broken)
+    monkeypatch.setattr("dawhisper.transcribe_files.write_outputs", broken)
     clips = [write_wav(tmp_path / f"{name}.wav", noise(2)) for name in ("first", "last")]
     assert run("transcribe", *clips, "--model", model, "-o", tmp_path / "o", "-f", "srt", *QUICK) == 1
     (line,) = errors(capsys.readouterr().err)
@@ -124,12 +124,14 @@ def test_text_is_escaped_in_vtt_alone(tmp_path: Path) -> None:
     said = " 1 < 2 & 3 > 2 --> so <b>"
     words = [dawhisper.Word(word, i, i + 1, 0.9) for i, word in enumerate([" a<b", " &", " c-->d"])]
     for name, given in (("plain", segment(said)), ("words", segment(" a<b & c-->d", words=words))):
-        write(Transcription(given.text, [given], "en"), name, tmp_path, WriterOptions())
+        write_outputs(Transcription(given.text, [given], "en"), name, tmp_path, WriterOptions())
     assert "1 &lt; 2 &amp; 3 &gt; 2 --&gt; so &lt;b&gt;" in (tmp_path / "plain.vtt").read_text()
     assert "a&lt;b &amp; c--&gt;d" in (tmp_path / "words.vtt").read_text()
     assert "1 < 2 & 3 > 2 -> so <b>" in (tmp_path / "plain.srt").read_text()
     assert said.strip() in (tmp_path / "plain.txt").read_text()
-    write(Transcription(said, [segment(" a<b", words=words[:1])], "en"), "u", tmp_path, WriterOptions("vtt", True))
+    write_outputs(
+        Transcription(said, [segment(" a<b", words=words[:1])], "en"), "u", tmp_path, WriterOptions("vtt", True)
+    )
     assert "<u>a&lt;b</u>" in (tmp_path / "u.vtt").read_text()
 
 
