@@ -58,7 +58,7 @@ from dawhisper.writers import WRITERS
 
 from .sources import pcm_samples
 from .stream import Stream, StreamOptions, Update, as_dict, warm_up
-from .worker import TranscriptionTask, Engine, QueueFull, Stopped
+from .worker import Engine, QueueFull, Stopped, TranscriptionTask
 
 FIELDS = {
     "model": "a name that /v1/models lists; the first one by default",
