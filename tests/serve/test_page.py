@@ -203,6 +203,24 @@ def test_a_sample_in_noise_is_played_and_compared(server: Running, browser: obje
     assert page.errors() == []
 
 
+def test_cancel_and_a_file_that_waits(server: Running, browser: object, assets: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.wav"
+    sentence = np.pad(load_audio(assets / "speech.opus"), (0, 24 * 16000))  # a window each, with nothing repeated
+    long.write_bytes(wav(np.tile(sentence, 6)))
+    page = Page(browser, server.url)
+    page.run("document.getElementById('model').value = 'stock'")
+    page.send(long)
+    page.until("/ of 3:0\\d, about .* left/.test(document.getElementById('status').textContent)")
+    page.send(assets / "speech.opus")
+    page.until("document.getElementById('waiting').textContent === 'speech.opus waits'")
+    page.picture("progress", tmp_path)
+    page.element("#cancel").click()  # type: ignore[attr-defined]
+    page.until("document.getElementById('status').textContent === 'Done.'")
+    titles = [title.split(",")[0] for title in page.texts(".result h2")]
+    assert titles == ["speech.opus", "long.wav"]  # what was heard before the cancel is kept
+    assert page.errors() == []
+
+
 def test_errors_are_said(server: Running, browser: object, tmp_path: Path) -> None:
     bad = tmp_path / "notes.wav"
     bad.write_text("no sound\n" * 50)
