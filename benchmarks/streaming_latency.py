@@ -132,7 +132,7 @@ class Session:
 def session(model: dawhisper.Whisper, row: dict[str, Any], audio: np.ndarray, snr: float | None, args: Any) -> Session:
     heard = audio if snr is None or args.noise is None else mixed(audio, args.noise, snr)
     speech = vad.detector()(audio) >= vad.THRESHOLD
-    onset = int(speech.argmax()) * vad.FRAME / SAMPLE_RATE
+    onset = int(speech.argmax()) * vad.VAD_FRAME / SAMPLE_RATE
     options = StreamOptions(language="en", step=args.step[0])
     run = simulate(model, heard, options, args.instant, time.process_time if args.cpu_time else time.perf_counter)
     first = next((s.time for s in run.shown if s.text.strip()), float("nan"))
