@@ -14,6 +14,8 @@ import json
 import os
 import signal
 import tarfile
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -233,9 +235,19 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], workers: int | 
 
 
 def start_process() -> None:
-    """Ctrl-C is the main process's affair; damaged files go to the report instead of the terminal."""
+    """Ctrl-C is the main process's affair; damaged files go to the report instead of the terminal.
+
+    Where the main process is killed, nobody tells its workers: they look for themselves, and end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def read_audio(utterance: Utterance) -> np.ndarray:

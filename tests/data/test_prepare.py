@@ -423,6 +423,10 @@ def test_a_stopped_run_goes_on(tmp_path: Path, how: signal.Signals) -> None:
         time.sleep(0.005)
     process.send_signal(how)
     process.wait(30)
+    until = time.time() + 20
+    while running(script) and time.time() < until:
+        time.sleep(0.1)
+    assert not running(script)  # no worker is left behind
     before = len(checked.read_text().splitlines())
     assert before > 0
     report = run(source, out, untranscribed=True)
@@ -430,6 +434,19 @@ def test_a_stopped_run_goes_on(tmp_path: Path, how: signal.Signals) -> None:
     keys = [json.loads(line)["key"] for line in checked.read_text().splitlines() if line.endswith("}")]
     assert len(set(keys)) >= 299
     assert len(keys) <= 301  # nothing of what was done is done again
+
+
+def running(script: Path) -> list[str]:
+    """Processes that were started with this script, where the system tells (Linux)."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = place.read_bytes().decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if str(script) in command:
+            found.append(command)
+    return found
 
 
 def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
