@@ -35,7 +35,7 @@ import dawhisper
 import train
 from dawhisper import cli, load_audio
 from dawhisper.model import Whisper
-from dawhisper.serve import stream as streaming
+from dawhisper.serve import listen
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -201,7 +201,7 @@ class Reader:
         if words[0] == "stream":  # of all this only the microphone is not there
             data = (self.samples * 32767).astype("<i2").tobytes()
             self.monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-            self.monkeypatch.setattr(streaming, "read_microphone", lambda device: iter([self.samples]))
+            self.monkeypatch.setattr(listen, "read_microphone", lambda device: iter([self.samples]))
         assert cli.main(words) == 0, words
 
     def train(self, words: list[str], model: Path) -> None:

@@ -475,7 +475,7 @@ def test_metrics_and_health(random_server: Running) -> None:
 
     names = [
         'dawhisper_requests_total{path="/v1/audio/transcriptions",status="200"}',
-        'dawhisper_requests_total{path="other",status="405"}',
+        'dawhisper_requests_total{path="other",status="404"}',
         "dawhisper_audio_seconds_total",
         "dawhisper_request_seconds_count",
         "dawhisper_batch_size_sum",

@@ -66,7 +66,7 @@ def test_the_command(dual: Whisper, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_packages_model_keeps_its_recipe() -> None:
-    assert origin(OWN_MODEL)["recipe"]["average"]
+    assert origin(OWN_MODEL)["recipe"]["stages"]
     assert origin("base") == {"base_model": "base"}
 
 
