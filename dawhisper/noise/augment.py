@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dawhisper.audio import N_SAMPLES, SAMPLE_RATE
+from dawhisper.audio import N_SAMPLES
+from dawhisper.data.loader import padded_samples
 from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
@@ -29,7 +30,6 @@ from .recordings import NoiseBank
 
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
 NOISE_KINDS = ("real", "babble", *MADE)
-PAD_SAMPLES = SAMPLE_RATE // 2  # batches have whole half seconds
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
 
 
@@ -242,9 +242,7 @@ class Augment:
         if not changed:
             return x, lengths
         longest = max([x.shape[-1]] + [math.ceil(x.shape[-1] / speed) for speed in changed])
-        longest = min(
-            N_SAMPLES, -(-longest // PAD_SAMPLES) * PAD_SAMPLES
-        )  # few lengths: each wants FFT plans of its own
+        longest = min(N_SAMPLES, padded_samples(longest))  # few lengths: each wants FFT plans of its own
         out, lengths = F.pad(x, (0, longest - x.shape[-1])), lengths.clone()
         for speed, index in changed.items():
             y, n = speed_changer(speed, x.device)(x[index], lengths[index])

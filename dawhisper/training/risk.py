@@ -63,9 +63,9 @@ class Sampler:
         flat = rows.flatten(0, 1)
         width = int((flat != self.tokenizer.eot).sum(1).max()) + 1
         flat = flat[:, : min(-(-width // 8) * 8, flat.shape[1])]
-        ended = (flat[:, :-1] == self.tokenizer.eot).long()  # the first <|endoftext|> is said, those after it are not
+        ended = flat[:, :-1] == self.tokenizer.eot  # the first <|endoftext|> is said, those after it are not
         place = torch.arange(1, flat.shape[1], device=flat.device)
-        labels = flat[:, 1:].masked_fill((ended > 0) | (place < begin), IGNORE)
+        labels = flat[:, 1:].masked_fill(ended | (place < begin), IGNORE)
         mean = float(errors[torch.tensor(spoken)].mean()) if any(spoken) else 0.0
         return Hypotheses(flat[:, :-1], labels, advantage.flatten().to(flat.device), torch.tensor(mean).to(flat.device))
 
