@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import write_clips
+from helpers.sound import write_clips
 
 from dawhisper.model import ModelDimensions, Whisper
 

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import MULTILINGUAL, talkative
-from helpers.training import write_clips
+from helpers.sound import write_clips
 
 from dawhisper.model import Whisper
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "assets" / "speech.opus"
+
+# where the code is that an extra is for
+CODE = {
+    "": ["dawhisper"],
+    "evaluate": ["dawhisper/evaluation"],
+    "train": ["train.py", "dawhisper/training", "dawhisper/noise"],
+    "serve": ["dawhisper/serve/app.py"],
+    "stream": ["dawhisper/serve/sources.py"],
+    "export": ["dawhisper/tools/export.py", "dawhisper/formats/onnx.py"],
+    "plot": ["dawhisper/evaluation/tables.py", "dawhisper/tools/visualize.py"],
+    "bench": ["dawhisper/evaluation/recognizers.py", "dawhisper/tools/bench.py", "dawhisper/formats/huggingface.py"],
+    "vad": ["dawhisper/vad.py"],
+    "test": ["tests"],
+}
+MODULES = {"openai-whisper": "whisper", "pyyaml": "yaml", "import-linter": "importlinter"}
+USED_BY_OTHERS = {
+    "tensorboard": "torch.utils.tensorboard",
+    "python-multipart": "fastapi reads uploads with it",
+    "websockets": "uvicorn speaks with it",
+    "onnxruntime": "silero-vad runs in it",
+    "pytest-timeout": "pyproject.toml's options for pytest",
+    "pytest-xdist": "pyproject.toml's options for pytest",
+}
+BROUGHT_ALONG = {"starlette": "fastapi", "ctranslate2": "faster-whisper", "triton": "torch"}  # by what is named
+
 WITHOUT_TORCHAUDIO = """
 import sys
 from pathlib import Path
@@ -128,3 +156,42 @@ def test_a_command_without_its_extra_says_what_to_install(tiny: Path, tmp_path: 
         re.MULTILINE,
     )
     assert dict(said) == wanted, done.stderr
+
+
+@cache
+def imports(file: Path) -> frozenset[str]:
+    text = file.read_text("utf-8")
+    names = set(re.findall(r"importorskip\(\"(\w+)", text))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    return frozenset(name.split(".")[0] for name in names)
+
+
+def third_party_imports(*places: str) -> set[str]:
+    """What Python files import, but for the standard library's and the project's own."""
+    files = [file for place in places for file in [ROOT / place, *(ROOT / place).rglob("*.py")] if file.is_file()]
+    own = {"dawhisper", "train", "helpers", "tests"}
+    return {name for file in files for name in imports(file)} - sys.stdlib_module_names - own
+
+
+def entries() -> set[tuple[str, str]]:
+    """The packages that pyproject.toml names, each with its extra ("" for all users), but for the tools of `dev`."""
+    found = [re.match(r"""([\w-]+)[^;]*(?:; extra == ['"](\w+)['"])?$""", line) for line in requires("dawhisper") or ()]
+    pairs = {(match[1].lower(), match[2] or "") for match in found if match}
+    return {(name, extra) for name, extra in pairs if name != "dawhisper" and extra != "dev"}
+
+
+def test_an_extra_names_what_its_code_imports() -> None:
+    for name, extra in entries():
+        imported = MODULES.get(name, name.replace("-", "_")) in third_party_imports(*CODE[extra])
+        assert imported or name in USED_BY_OTHERS, f"{extra or 'dependencies'}: nothing uses {name}"
+
+
+def test_what_the_code_imports_is_named() -> None:
+    named = {name for name, _ in entries()}
+    assert set(BROUGHT_ALONG.values()) | set(USED_BY_OTHERS) <= named
+    modules = {MODULES.get(name, name.replace("-", "_")) for name in named} | set(BROUGHT_ALONG)
+    assert third_party_imports("dawhisper", "train.py", "transcribe.py", "scripts", "benchmarks") <= modules

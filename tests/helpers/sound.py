@@ -1,11 +1,14 @@
-"""Sounds made for tests, and files of them."""
+"""Sounds made for tests, files of them, and manifests."""
 
 from __future__ import annotations
 
+import json
 import wave
 from pathlib import Path
 
 import numpy as np
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -22,3 +25,20 @@ def write_wav(path: Path, audio: np.ndarray, rate: int = 16000) -> Path:
         f.setframerate(rate)
         f.writeframes((audio * 32767).astype("<i2").tobytes())
     return path
+
+
+def write_clips(folder: Path, count: int, seed: int) -> Path:
+    """Clips of one to two seconds: a gliding tone in bursts, as unlike silence as speech is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(count):
+        t = np.arange(int(16000 * rng.uniform(1.0, 1.9))) / 16000
+        tone = np.sin(2 * np.pi * (150 + 100 * rng.random() * t) * t) * (np.sin(2 * np.pi * 3 * t) > -0.3)
+        write_wav(folder / f"{i}.wav", 0.3 * tone + 0.01 * rng.standard_normal(len(t)))
+        text = " ".join(rng.choice(WORDS, 3))
+        line = {"audio": f"{i}.wav", "duration": len(t) / 16000, "text": text, "language": "en", "speaker": str(i)}
+        lines.append(json.dumps(line))
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest

@@ -1,4 +1,4 @@
-"""Training on small made data: manifests, `train.py` with few steps, and what it logs."""
+"""Training on small made data: `train.py` with few steps, and what it logs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from helpers.noise import torchaudio_loads
-from helpers.sound import write_wav
 
 import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPEED = () if torchaudio_loads() else ("augment.speed_prob=0",)
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def write_clips(folder: Path, count: int, seed: int) -> Path:
-    """Clips of one to two seconds: a gliding tone in bursts, as unlike silence as speech is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    lines = []
-    for i in range(count):
-        t = np.arange(int(16000 * rng.uniform(1.0, 1.9))) / 16000
-        tone = np.sin(2 * np.pi * (150 + 100 * rng.random() * t) * t) * (np.sin(2 * np.pi * 3 * t) > -0.3)
-        write_wav(folder / f"{i}.wav", 0.3 * tone + 0.01 * rng.standard_normal(len(t)))
-        text = " ".join(rng.choice(WORDS, 3))
-        line = {"audio": f"{i}.wav", "duration": len(t) / 16000, "text": text, "language": "en", "speaker": str(i)}
-        lines.append(json.dumps(line))
-    manifest = folder / "manifest.jsonl"
-    manifest.write_text("\n".join(lines) + "\n")
-    return manifest
 
 
 def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
