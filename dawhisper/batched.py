@@ -6,12 +6,14 @@ whichever recording. What a window's text leaves unheard is a window again, in t
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from threading import Lock
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from .decoding import DecodingResult, language_code, model_tokenizer
 from .model import AudioFeatures, Whisper
 from .transcription import (
     Segment,
+    Settings,
     TranscribeOptions,
     Transcription,
     clip_frames,
@@ -48,6 +51,7 @@ from .window import (
 )
 
 T = TypeVar("T")
+READERS = 4  # recordings that are read at once beside a GPU; a CPU is busy with the model
 HELD = 20  # windows without speech that are held back until the language is known
 
 
@@ -63,10 +67,12 @@ class Slot:
 class BatchedRecording:
     """What is known of a recording so far.
 
-    segments: those known, in order. error: why it can't be read, or not to its end. finished: nothing will change.
+    settings: what is asked of it otherwise than of the others. segments: those known, in order. error: why it can't be
+    read, or not to its end. finished: nothing will change.
     """
 
     source: Source
+    settings: Settings = field(default_factory=Settings)
     language: str = ""
     duration: float = 0.0
     segments: list[Segment] = field(default_factory=list)
@@ -86,7 +92,9 @@ class BatchedRecording:
         assert self._tokenizer is not None, "the language is not known yet"
         return self._tokenizer
 
-    def speaks(self, model: Whisper, language: str, task: str) -> None:
+    def speaks(self, model: Whisper, language: str, options: TranscribeOptions) -> None:
+        """Its language is known now; `options` are those of all recordings."""
+        task = self.settings.over(options).decoding.task
         self.language, self._tokenizer = language_code(language), model_tokenizer(model, language, task)
 
     def release(self) -> list[Segment]:
@@ -115,6 +123,14 @@ class PendingWindow:
         return Window(self.chunk.seek, self.chunk.size)
 
 
+Read = tuple[BatchedRecording, Chunk | Skip | Exception | None]  # a piece of a recording, or its end
+
+
+def readers_for(model: Whisper) -> int:
+    """How many recordings to read at once, so that the model need not wait."""
+    return 1 if model.device.type == "cpu" else min(READERS, os.cpu_count() or 1)
+
+
 def transcribe_all(model: Whisper, sources: Sequence[Source], options: TranscribeOptions) -> list[Transcription]:
     """Transcribe recordings in common batches; the first that can't be read ends it with its AudioError."""
     recordings = [BatchedRecording(source) for source in sources]
@@ -132,15 +148,19 @@ def segments_of_one(model: Whisper, recording: BatchedRecording, options: Transc
 
 
 def iter_batched(
-    model: Whisper, recordings: Sequence[BatchedRecording], options: TranscribeOptions
+    model: Whisper, recordings: Iterable[BatchedRecording], options: TranscribeOptions, readers: int | None = None
 ) -> Iterator[tuple[BatchedRecording, list[Segment]]]:
-    """Yields a recording and its next segments as they become known; of each one, once, when it is finished."""
+    """Yields a recording and its next segments as they become known; of each one, once, when it is finished.
+
+    Recordings are read ahead of the model, `readers` at once (as `readers_for` by default), and are asked for when
+    they are to be read, so that they may come from a queue.
+    """
     warn_of_translated_words(options)
     detector()  # loaded here, since its import changes torch's threads for a moment
     size = options.batch_size or 1
     again: deque[PendingWindow] = deque()  # what windows left unheard
     with (
-        closing(read_ahead(read(recordings, options), size)) as pieces,
+        closing(read_together(recordings, options, size, readers or readers_for(model))) as pieces,
         tqdm(unit="s", disable=options.verbose is not False) as bar,
     ):
         while True:
@@ -153,7 +173,7 @@ def iter_batched(
                 bar.update(round((job.chunk.size - (rest.chunk.size if rest else 0)) / FRAMES_PER_SECOND, 2))
             for recording in touched:
                 if recording.ended and not recording.language:  # nothing could be heard in it
-                    recording.speaks(model, options.decoding.language or "en", options.decoding.task)
+                    recording.speaks(model, recording.settings.over(options).decoding.language or "en", options)
                 known = recording.release()
                 for segment in known:
                     say(segment, options)
@@ -161,14 +181,12 @@ def iter_batched(
                     yield recording, known
 
 
-def read(
-    recordings: Sequence[BatchedRecording], options: TranscribeOptions
-) -> Iterator[tuple[BatchedRecording, Chunk | Skip | Exception | None]]:
+def read(recordings: Iterable[BatchedRecording], options: TranscribeOptions) -> Iterator[Read]:
     """What the recordings hold, one after the other; at the end of each, None or why it could not be read."""
     for recording in recordings:
         try:
             with closing(SampleReader(recording.source, track=options.audio_track)) as reader:
-                for piece in opening_first(recording, pieces_of(reader, options)):
+                for piece in opening_first(recording, pieces_of(reader, recording.settings.over(options))):
                     yield recording, piece
             yield recording, None
         except Exception as error:  # the other recordings go on
@@ -198,20 +216,56 @@ def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -
     yield from held
 
 
-def read_ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
-    """The items, of which up to `count` are made in a thread before they are asked for."""
-    pool = ThreadPoolExecutor(1)
+def read_together(
+    recordings: Iterable[BatchedRecording], options: TranscribeOptions, ahead: int, readers: int
+) -> Generator[Read, None, None]:
+    """What the recordings hold; each of `readers` threads reads the next one there is, `ahead` pieces too early."""
+    shared = OneAtATime(recordings)
+    lanes = deque(ReadAhead(read(shared, options), ahead) for _ in range(readers))
     try:
-        coming = deque(pool.submit(next, items, None) for _ in range(count))
-        while (item := coming.popleft().result()) is not None:
-            coming.append(pool.submit(next, items, None))
-            yield item
+        while lanes:
+            piece = lanes[0].next()
+            if piece is None:
+                lanes.popleft().close()
+            else:
+                yield piece
+                lanes.rotate(-1)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for lane in lanes:
+            lane.close()
+
+
+class OneAtATime(Iterator[T]):
+    """Items that several threads may ask for."""
+
+    def __init__(self, items: Iterable[T]):
+        self.items, self.lock = iter(items), Lock()
+
+    def __next__(self) -> T:
+        with self.lock:
+            return next(self.items)
+
+
+class ReadAhead(Generic[T]):
+    """Items of which up to `count` are made in a thread before they are asked for."""
+
+    def __init__(self, items: Iterator[T], count: int):
+        self.items, self.pool = items, ThreadPoolExecutor(1)
+        self.coming = deque(self.pool.submit(next, items, None) for _ in range(count))
+
+    def next(self) -> T | None:
+        """The next item; None at the end."""
+        item = self.coming.popleft().result()
+        if item is not None:
+            self.coming.append(self.pool.submit(next, self.items, None))
+        return item
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
 
 def next_batch(
-    pieces: Iterator[tuple[BatchedRecording, Chunk | Skip | Exception | None]],
+    pieces: Iterator[Read],
     again: deque[PendingWindow],
     size: int,
     options: TranscribeOptions,
@@ -252,7 +306,9 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     results = decode_jobs(model, mel[audible], [batch[i] for i in audible], options)
     decoded = dict(zip(audible, results))
     return [
-        split_window(model, job.recording, job.window, decoded[i], options, last_speech=job.window.start)
+        split_window(
+            model, job.recording, job.window, decoded[i], job.recording.settings.over(options), job.window.start
+        )
         if split is None
         else split
         for i, (job, split) in enumerate(zip(batch, later))
@@ -262,29 +318,35 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
 def decode_jobs(
     model: Whisper, mel: torch.Tensor, jobs: list[PendingWindow], options: TranscribeOptions
 ) -> Iterator[DecodingResult]:
-    """Decode windows [B, n_mels, frames], all of one language at once; find the language of new recordings first."""
+    """Decode windows [B, n_mels, frames], those asked for alike at once; find new recordings' languages first."""
     if not jobs:
         return iter(())
     with torch.no_grad():
         features = model.encode(mel.to(model.dtype))
+    asked = [job.recording.settings.over(options) for job in jobs]
     new: dict[BatchedRecording, PendingWindow] = {}  # with its first window
-    for job in jobs:
-        if not job.recording.language:
+    for job, own in zip(jobs, asked):
+        if not job.recording.language and own.decoding.language:
+            job.recording.speaks(model, own.decoding.language, options)
+        elif not job.recording.language:
             new.setdefault(job.recording, job)
-    given = options.decoding.language
-    languages = [given] * len(new) if given else first_languages(model, list(new.values()), jobs, features, options)
-    for recording, language in zip(new, languages):
-        recording.speaks(model, language, options.decoding.task)
+    for recording, language in zip(new, first_languages(model, list(new.values()), jobs, features, options)):
+        recording.speaks(model, language, options)
     spoken_in = [job.recording.language for job in jobs]
-    if options.multilingual:
-        spoken_in = spoken_languages(model, features, replace(options, verbose=None))
+    switching = [i for i, own in enumerate(asked) if own.multilingual]
+    if switching:
+        heard = spoken_languages(model, pick(features, switching), replace(options, verbose=None))
+        for i, language in zip(switching, heard):
+            spoken_in[i] = language
 
+    alike: dict[tuple[str, Settings], list[int]] = {}
+    for i, (job, language) in enumerate(zip(jobs, spoken_in)):
+        alike.setdefault((language, job.recording.settings.of_text), []).append(i)
     results: dict[int, DecodingResult] = {}
-    for language in dict.fromkeys(spoken_in):
-        same = [i for i, each in enumerate(spoken_in) if each == language]
-        prompt = Prompt.of(model, jobs[same[0]].recording.tokenizer, options).initial
-        decoded = decode_with_fallback(model, pick(features, same), options.speaking(language), prompt)
-        results.update(zip(same, decoded))
+    for (language, _), same in alike.items():
+        own = asked[same[0]].speaking(language)
+        prompt = Prompt.of(model, jobs[same[0]].recording.tokenizer, own).initial
+        results.update(zip(same, decode_with_fallback(model, pick(features, same), own, prompt)))
     return (results[i] for i in range(len(jobs)))
 
 

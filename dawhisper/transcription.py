@@ -19,7 +19,7 @@ from whisper.tokenizer import Tokenizer
 from whisper.utils import format_timestamp
 
 from .console import show
-from .decoding import DecodingOptions
+from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
 from .options import option
 from .timing import Word
@@ -106,6 +106,34 @@ class TranscribeOptions:
         if temperature > 0:
             return replace(options, beam_size=None, patience=None)
         return replace(options, best_of=None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of one recording otherwise than of the others, as in a manifest's row; None: as of the others."""
+
+    language: str | None = None
+    task: str | None = None
+    initial_prompt: str | None = None
+    clip_timestamps: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "language", asked_language(self.language))
+        if self.task not in (None, "transcribe", "translate"):
+            raise OptionError(f"unknown task {self.task!r}; use transcribe or translate")
+        seek_points(self.clip_timestamps or "0")
+
+    def over(self, options: TranscribeOptions) -> TranscribeOptions:
+        """The others' options with these in their place."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        decoding = replace(options.decoding, **{k: given.pop(k) for k in ("language", "task") if k in given})
+        multilingual = options.multilingual and self.language is None
+        return replace(options, decoding=decoding, multilingual=multilingual, **given)
+
+    @property
+    def of_text(self) -> Settings:
+        """Those that windows of one batch must have in common to be decoded at once."""
+        return replace(self, clip_timestamps=None)
 
 
 def plain_number(name: str, value: Any) -> Any:

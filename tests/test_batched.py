@@ -17,12 +17,12 @@ from helpers.sound import noise, write_wav
 import dawhisper
 from dawhisper import batched, vad, window
 from dawhisper.audio import SampleReader, load_audio
-from dawhisper.batched import BatchedRecording, PendingWindow, Slot, iter_batched, settle
+from dawhisper.batched import BatchedRecording, PendingWindow, Slot, iter_batched, read_together, settle
 from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import AudioFeatures, Whisper
-from dawhisper.transcription import TranscribeOptions
+from dawhisper.transcription import Settings, TranscribeOptions
 from dawhisper.vad import Chunk, Skip, cut
 from dawhisper.window import Split, decode_with_fallback
 
@@ -273,6 +273,46 @@ def test_real_speech_loses_no_words(base_path: Path, assets: Path) -> None:
     assert counts.errors <= 0.03 * counts.reference, counts
     words = [word for s in result.segments for word in s.words or []]
     assert all(a.start <= b.start for a, b in itertools.pairwise(words))
+
+
+def test_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings with a language, task, prompt or part of their own are decoded in the same pass."""
+    asked = []
+
+    def decode(model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]):
+        asked.append((options.decoding.language, options.decoding.task, len(prompt) > 0, len(features.primary)))
+        return decode_with_fallback(model, features, options, prompt)
+
+    monkeypatch.setattr(batched, "decode_with_fallback", decode)
+    model, _ = pair()
+    settings = [
+        Settings(),
+        Settings(language="de"),
+        Settings(task="translate", initial_prompt="Szeged"),
+        Settings(clip_timestamps="1,3"),
+    ]
+    recordings = [BatchedRecording(noise(4), own) for own in settings]
+    common = TranscribeOptions.of(batch_size=4, **ENGLISH)
+    assert {id(r) for r, _ in iter_batched(model, recordings, common)} == set(map(id, recordings))
+    assert [r.language for r in recordings] == ["en", "de", "en", "en"]
+    once = [("en", "transcribe", False, 2), ("de", "transcribe", False, 1), ("en", "translate", True, 1)]
+    assert asked[:3] == once  # (what a window leaves unheard follows)
+    assert all(1 <= segment.start <= segment.end <= 3 for segment in recordings[3].segments)
+
+
+def test_many_readers_give_what_one_gives() -> None:
+    sources = [bursts(3 + i, 1, 31) for i in range(7)]
+    options = TranscribeOptions.of(batch_size=2)
+
+    def heard_by(readers: int) -> list[list[int | None]]:
+        recordings = [BatchedRecording(source) for source in sources]
+        seeks: dict[int, list[int | None]] = {id(recording): [] for recording in recordings}
+        for recording, piece in read_together(iter(recordings), options, 2, readers):
+            seeks[id(recording)].append(piece.seek if isinstance(piece, Chunk) else None)
+        return list(seeks.values())
+
+    assert heard_by(3) == heard_by(1)
+    assert all(len(seeks) > 2 and seeks[-1] is None for seeks in heard_by(1))
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
