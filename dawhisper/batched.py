@@ -25,6 +25,7 @@ from .audio import SampleReader, Source, log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .model import AudioFeatures, Whisper
 from .transcription import (
+    NBest,
     Segment,
     Settings,
     TranscribeOptions,
@@ -77,6 +78,7 @@ class BatchedRecording:
     duration: float = 0.0
     segments: list[Segment] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    n_best: list[NBest] = field(default_factory=list)
     error: Exception | None = None
     ended: bool = False  # all of it was read
     opening: Chunk | None = None  # its first speech, which tells its language
@@ -375,6 +377,7 @@ def settle(job: PendingWindow, split: Split, options: TranscribeOptions) -> Pend
     for skip in split.skipped:
         say(skip, options)
     job.recording.skipped += split.skipped
+    job.recording.n_best += split.n_best
     job.slot.segments += spoken(split.segments, job.window)
     resume = split.resume if split.resume > job.chunk.seek else job.window.end
     if resume < job.window.end and (not split.heard or job.chunk.has_speech(resume)):

@@ -1,8 +1,8 @@
-"""One batch of 30-second windows -> tokens: language detection, greedy, sampling and beam search.
+"""One batch of 30-second windows -> tokens: language detection, rules, and what was decoded.
 
-Shapes: B windows, G rows a window (beams, or samples of best_of), R = B * G rows, V vocabulary, L token positions.
-Options, results and rules are openai-whisper's; everything here runs for the whole batch at once, on the model's
-device, and the host looks at one flag: whether all rows are done.
+Shapes: B windows, R rows (beams or samples of each window), V vocabulary, L token positions. Options, results and rules
+are openai-whisper's; everything here runs for the whole batch at once, on the model's device, and the host looks at one
+flag: whether all rows are done. The search itself is in search.py.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Categorical
 from whisper.audio import CHUNK_LENGTH
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 from whisper.utils import compression_ratio
 
-from dawhisper.fast.cache import StaticKVCache, open_cache
+from dawhisper.fast.cache import open_cache
 
 from .errors import OptionError, near_names
 from .kv_cache import KVCache
 from .model import AudioFeatures, Whisper
 from .options import option
+from .search import NEVER, BeamSearch, Candidates, Sampling, Search, by_length
 
-NEVER = float("-inf")
 OTHER_CODES = {  # older, wider or narrower codes of languages -> Whisper's
     "cmn": "zh",
     "fil": "tl",
@@ -53,6 +51,7 @@ class DecodingOptions:
     best_of: samples drawn a window at a temperature above 0; the best is kept.
     beam_size, patience: beam search at temperature 0; patience as in Kasai et al., arXiv:2204.05424.
     length_penalty: alpha of Wu et al., arXiv:1609.08144; None divides by the length.
+    n_best: how many different texts of a window are given, best first, out of its beams or samples.
     prompt: earlier text, or its tokens; prefix: the beginning of this window's text, or its tokens.
     suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start;
         a model trained on noise alone (`knows_silence`) may still end at once where that is likelier than all else.
@@ -68,6 +67,7 @@ class DecodingOptions:
     beam_size: int | None = option(None, "beams at temperature 0; None decodes greedily")
     patience: float | None = option(None, "beam search patience (arXiv:2204.05424); 1.0 is plain beam search")
     length_penalty: float | None = option(None, "alpha of arXiv:1609.08144; None divides by the length")
+    n_best: int | None = option(None, "also give the N best texts of each window, out of its beams or samples (json)")
     prompt: str | list[int] | None = None
     prefix: str | list[int] | None = None
     suppress_tokens: str | Iterable[int] | None = option(
@@ -93,7 +93,7 @@ class DecodingOptions:
             raise OptionError(f"temperature is 0 or more, not {self.temperature}")
         if self.patience is not None and self.beam_size is None:
             raise OptionError("patience needs beam_size")
-        for name in ("beam_size", "best_of", "sample_len"):
+        for name in ("beam_size", "best_of", "sample_len", "n_best"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1, not {value}")
@@ -104,8 +104,21 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One of the texts of a window; score: its log probability by length, as candidates are ranked by."""
+
+    text: str
+    score: float
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class DecodingResult:
-    """What was decoded in one window; probabilities are natural, log probabilities are means over tokens."""
+    """What was decoded in one window; log probabilities are natural.
+
+    logprobs: of each of the tokens, after the rules; avg_logprob: their mean, <|endoftext|>'s included.
+    alternatives: the best texts, this one first, as many as `n_best` asks for and as differ.
+    """
 
     audio_features: AudioFeatures  # [T, d] each
     language: str
@@ -116,6 +129,8 @@ class DecodingResult:
     no_speech_prob: float = float("nan")
     temperature: float = float("nan")
     compression_ratio: float = float("nan")
+    logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Alternative] = field(default_factory=list)
 
 
 def language_code(language: str) -> str:
@@ -225,142 +240,6 @@ def suppressed_tokens(tokenizer: Tokenizer, suppress: str | Iterable[int] | None
         ids = [token for token in ids if token >= 0] + list(tokenizer.non_speech_tokens)
     ids += [tokenizer.transcribe, tokenizer.translate, tokenizer.sot, tokenizer.sot_prev, tokenizer.sot_lm]
     return ids + ([] if tokenizer.no_speech is None else [tokenizer.no_speech])
-
-
-# --------------------------------------------------------------------------------------------------------- search
-
-
-class Search(Protocol):
-    """How the next tokens are chosen. `tokens` [R, L] is filled up to `length` and prefilled with <|endoftext|>."""
-
-    def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
-        """Write tokens[:, length]; returns one boolean on the device: whether every window is done."""
-
-    def candidates(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """-> token rows [B, N, L] and their summed log probabilities [B, N]; -inf marks rows not in use."""
-
-
-class Sampling:
-    """Greedy at temperature 0, independent samples above."""
-
-    def __init__(self, rows: int, group: int, temperature: float, eot: int, device: torch.device):
-        self.group, self.temperature, self.eot = group, temperature, eot
-        self.sum_logprobs = torch.zeros(rows, device=device)
-        self.places = torch.arange(rows, device=device)  # of the rows that are still decoded, in the batch
-        self.left: tuple[Tensor, Tensor] | None = None  # the batch's tokens and log probabilities, once rows left it
-
-    def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
-        if self.temperature == 0 and isinstance(cache, StaticKVCache) and cache.fused:
-            from dawhisper.fast.token_step import most_likely
-
-            chosen, logprob = most_likely(logits)
-        else:
-            if self.temperature == 0:
-                chosen = logits.argmax(dim=-1)
-            else:
-                chosen = Categorical(logits=logits / self.temperature, validate_args=False).sample()
-            logprob = F.log_softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
-        alive = tokens[:, length - 1] != self.eot
-        self.sum_logprobs += torch.where(alive, logprob, 0.0)
-        chosen = torch.where(alive, chosen, self.eot)
-        tokens[:, length] = chosen
-        return (chosen == self.eot).all()
-
-    def without_done(self, tokens: Tensor, length: int, cache: KVCache) -> Tensor:
-        """The rows [R', L] to go on with: those that are done leave once they are a quarter.
-
-        On a CPU a step takes as long as it has rows; leaving costs a copy of the others' keys and values.
-        """
-        going = (tokens[:, length] != self.eot).nonzero()[:, 0]
-        if 4 * len(going) > 3 * len(tokens):
-            return tokens
-        self.left = self._batch(tokens)
-        self.places, self.sum_logprobs = self.places[going], self.sum_logprobs[going]
-        cache.keep(going)
-        return tokens[going]
-
-    def _batch(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and log probabilities of the whole batch."""
-        if self.left is None:
-            return tokens, self.sum_logprobs
-        for kept, rows in zip(self.left, (tokens, self.sum_logprobs)):
-            kept[self.places] = rows
-        return self.left
-
-    def candidates(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, logprobs = self._batch(tokens)
-        return tokens.unflatten(0, (-1, self.group)), logprobs.view(-1, self.group)
-
-
-class BeamSearch:
-    """Beam search with patience; ends a window at round(beam_size * patience) finished candidates."""
-
-    def __init__(
-        self, windows: int, beams: int, patience: float | None, eot: int, max_length: int, device: torch.device
-    ):
-        self.windows, self.beams, self.eot = windows, beams, eot
-        self.wanted = round(beams * (patience or 1.0))
-        # the beams of a window start equal: only the first may branch
-        self.sum_logprobs = torch.full((windows, beams), NEVER, device=device)
-        self.sum_logprobs[:, 0] = 0.0
-        self.n_finished = torch.zeros(windows, 1, dtype=torch.long, device=device)
-        # one place more than is kept takes what is not
-        self.finished = torch.full((windows, self.wanted + 1, max_length), eot, dtype=torch.long, device=device)
-        self.finished_logprobs = torch.full((windows, self.wanted + 1), NEVER, device=device)
-        self.first_row = torch.arange(windows, device=device)[:, None] * beams
-
-    def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
-        open_ = self.n_finished < self.wanted  # [B, 1]; other windows stay as they are
-        # one candidate more than there are beams: at most one of a beam's ends
-        logprobs, ids = F.log_softmax(logits, dim=-1).topk(self.beams + 1, dim=-1)
-        scores = (self.sum_logprobs[:, :, None] + logprobs.view(self.windows, self.beams, -1)).flatten(1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)  # [B, beams * (beams + 1)]
-        ids = ids.view(self.windows, -1).gather(1, order)
-        rows = self.first_row + order // (self.beams + 1)
-        ends = ids == self.eot
-        rank = (~ends).long().cumsum(dim=1)  # of the candidates that go on
-        self._finish(tokens, length, scores, rows, ends & (rank < self.beams) & open_)
-        kept = (
-            ((~ends) & (rank <= self.beams)).long().sort(dim=1, descending=True, stable=True).indices[:, : self.beams]
-        )
-        stay = torch.arange(self.beams, device=tokens.device) + self.first_row
-        rows = torch.where(open_, rows.gather(1, kept), stay).flatten()
-        tokens[:, :length] = tokens[rows, :length]
-        tokens[:, length] = torch.where(open_, ids.gather(1, kept), self.eot).flatten()
-        self.sum_logprobs = torch.where(open_, scores.gather(1, kept), self.sum_logprobs)
-        cache.select(rows)
-        return (self.n_finished >= self.wanted).all()
-
-    def _finish(self, tokens: Tensor, length: int, scores: Tensor, rows: Tensor, ending: Tensor) -> None:
-        """Keep the ending candidates [B, C], best first, while there are places."""
-        candidates = ending.long().sort(dim=1, descending=True, stable=True).indices[:, : self.beams]
-        ending = ending.gather(1, candidates)  # no more than one ends a beam
-        place = self.n_finished + ending.long().cumsum(dim=1) - 1
-        place = torch.where(ending, place, self.wanted).clamp(max=self.wanted)
-        self.finished_logprobs.scatter_(1, place, scores.gather(1, candidates))
-        sequences = tokens[rows.gather(1, candidates)]
-        self.finished.scatter_(1, place[:, :, None].expand_as(sequences), sequences)
-        self.finished_logprobs[:, -1] = NEVER
-        self.n_finished = (self.n_finished + ending.sum(dim=1, keepdim=True)).clamp(max=self.wanted)
-
-    def candidates(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The finished ones, and where they are fewer than the beams, the best unfinished."""
-        best, order = self.sum_logprobs.sort(dim=1, descending=True, stable=True)
-        needed = torch.arange(self.beams, device=tokens.device) < self.beams - self.n_finished
-        unfinished = tokens[self.first_row + order]
-        rows = torch.cat([self.finished[:, :-1], unfinished], dim=1)
-        return rows, torch.cat([self.finished_logprobs[:, :-1], best.masked_fill(~needed, NEVER)], dim=1)
-
-
-def best_candidate(rows: list[list[int]], logprobs: list[float], length_penalty: float | None) -> int:
-    """The candidate with the highest log probability by length: its mean, or by Wu et al. 2016 (arXiv:1609.08144)."""
-
-    def score(i: int) -> float:
-        length = max(len(rows[i]), 1)
-        penalty = length if length_penalty is None else ((5 + length) / 6) ** length_penalty
-        return logprobs[i] / penalty
-
-    return max(range(len(rows)), key=score)
 
 
 # --------------------------------------------------------------------------------------------------------- decode
@@ -488,28 +367,56 @@ def _decode_cached(
     if options.task == "lang_id":
         return [DecodingResult(*fields) for fields in zip(each, languages, probs_of)]
 
-    tokens, logprobs, no_speech = _generate(model, cache, tokens, sot_index, len(first), tokenizer, options)
+    found, no_speech = _generate(model, cache, tokens, sot_index, len(first), tokenizer, options)
 
     results = []
     for i in range(windows):
-        used = [j for j, logprob in enumerate(logprobs[i]) if logprob > NEVER] or [0]
-        rows = [trimmed(tokens[i, j, len(first) :].tolist(), tokenizer.eot) for j in used]
-        best = best_candidate(rows, [logprobs[i][j] for j in used], options.length_penalty)
-        text = tokenizer.decode(rows[best]).strip()
+        ranked = ranked_candidates(Candidates(*(x[i] for x in found)), len(first), tokenizer.eot, options)
+        best, logprobs, _ = ranked[0]
+        text = tokenizer.decode(best).strip()
         results.append(
             DecodingResult(
                 audio_features=each[i],
                 language=languages[i],
                 language_probs=probs_of[i],
-                tokens=rows[best],
+                tokens=best,
                 text=text,
-                avg_logprob=logprobs[i][used[best]] / (len(rows[best]) + 1),
+                avg_logprob=sum(logprobs) / (len(best) + 1),
                 no_speech_prob=no_speech[i],
                 temperature=options.temperature,
                 compression_ratio=compression_ratio(text),
+                logprobs=logprobs[: len(best)],
+                alternatives=n_best(ranked, options.n_best or 0, tokenizer),
             )
         )
     return results
+
+
+def ranked_candidates(
+    found: Candidates, begin: int, eot: int, options: DecodingOptions
+) -> list[tuple[list[int], list[float], float]]:
+    """A window's candidates [N, L], best first: tokens from `begin` to <|endoftext|>, log probabilities, and score.
+
+    The log probabilities are those of the tokens and, where it was reached, of <|endoftext|>.
+    """
+    made = []
+    for row, logprobs, score in zip(*(x.tolist() for x in found)):
+        if score > NEVER or not made:
+            tokens = trimmed(row[begin:], eot)
+            of_tokens = logprobs[begin : begin + len(tokens) + 1]
+            made.append((tokens, of_tokens, by_length(score, len(tokens), options.length_penalty)))
+    return sorted(made, key=lambda candidate: -candidate[2])
+
+
+def n_best(
+    ranked: Sequence[tuple[list[int], list[float], float]], count: int, tokenizer: Tokenizer
+) -> list[Alternative]:
+    """Up to `count` alternatives of ranked candidates; of those that differ in their time stamps alone, the best."""
+    texts: dict[str, Alternative] = {}
+    for tokens, _, score in ranked:
+        text = tokenizer.decode(tokens).strip()
+        texts.setdefault(text, Alternative(text, score, tokens))
+    return list(texts.values())[:count]
 
 
 def _generate(
@@ -520,11 +427,11 @@ def _generate(
     begin: int,
     tokenizer: Tokenizer,
     options: DecodingOptions,
-) -> tuple[Tensor, list[list[float]], list[float]]:
+) -> tuple[Candidates, list[float]]:
     """Continue tokens [B, L], of which `begin` are given.
 
-    Returns the candidates [B, N, L], their summed log probabilities, and each window's no-speech probability, which
-    is <|nospeech|>'s at <|startoftranscript|>.
+    Returns the candidates [B, N, L], on the CPU, and each window's no-speech probability, which is <|nospeech|>'s at
+    <|startoftranscript|>.
     """
     windows, max_length = tokens.shape
     group = options.beam_size or options.best_of or 1
@@ -533,7 +440,7 @@ def _generate(
     if options.beam_size:
         search = BeamSearch(windows, group, options.patience, tokenizer.eot, max_length, model.device)
     else:
-        search = Sampling(windows * group, group, options.temperature, tokenizer.eot, model.device)
+        search = Sampling(windows * group, group, options.temperature, tokenizer.eot, max_length, model.device)
 
     at_sot, logits = cache.first_logits(model.decoder, tokens[:, :begin], [sot_index, begin - 1]).unbind(dim=1)
     no_speech = torch.full([windows], float("nan"))
@@ -555,8 +462,8 @@ def _generate(
             tokens = search.without_done(tokens, length, cache)
         logits = cache.next_logits(model.decoder, tokens[:, length : length + 1])
 
-    tokens, logprobs = search.candidates(tokens)
-    return tokens.cpu(), logprobs.tolist(), no_speech.tolist()
+    found = search.candidates(tokens)
+    return Candidates(*(x.cpu() for x in found)), no_speech.tolist()
 
 
 @torch.no_grad()
@@ -572,8 +479,8 @@ def sample_windows(model: Whisper, features: AudioFeatures, first: Tensor, optio
     tokens = torch.full((len(first), max_length), tokenizer.eot, device=model.device)
     tokens[:, :begin] = first
     with open_cache(model.decoder, features, options.best_of or 1, max_length - 1) as cache:
-        rows, _, _ = _generate(model, cache, tokens, 0, begin, tokenizer, options)
-    return rows
+        found, _ = _generate(model, cache, tokens, 0, begin, tokenizer, options)
+    return found.tokens
 
 
 def trimmed(tokens: list[int], eot: int) -> list[int]:

@@ -27,6 +27,7 @@ class Word:
     """A word with its times in seconds and the model's mean probability of its tokens.
 
     gate: the primary branch's mean share in predicting its tokens; None where the model has no second branch.
+    logprobs: its tokens' log probabilities as they were decoded; None where they were not asked for.
     """
 
     word: str
@@ -34,6 +35,7 @@ class Word:
     end: float
     probability: float
     gate: float | None = None
+    logprobs: list[float] | None = None
 
 
 @dataclass
@@ -45,12 +47,16 @@ class Timing(WordTiming):
 
 @dataclass(frozen=True)
 class TimedText:
-    """What is to be timed: a segment's text tokens and its own times in seconds, refined by those of its words."""
+    """What is to be timed: a segment's text tokens and its own times in seconds, refined by those of its words.
+
+    logprobs: of the tokens, for the words to have; None where they were not asked for.
+    """
 
     tokens: Sequence[int]
     start: float
     end: float
     words: tuple[Word, ...] = ()
+    logprobs: Sequence[float] | None = None
 
 
 def alignment_scores(
@@ -146,10 +152,12 @@ def add_word_times(
     for segment in segments:
         words, taken = [], 0
         while taken < len(segment.tokens) and (timing := next(timings, None)) is not None:
-            taken += len(timing.tokens)
+            ends = taken + len(timing.tokens)
+            logprobs = None if segment.logprobs is None else list(segment.logprobs[taken:ends])
+            taken = ends
             if timing.word:
                 start, end = round(time_offset + timing.start, 2), round(time_offset + timing.end, 2)
-                words.append(Word(timing.word, start, end, timing.probability, timing.gate))
+                words.append(Word(timing.word, start, end, timing.probability, timing.gate, logprobs))
         segment = fit_to_words(segment, words, median, last_speech)
         if words:
             last_speech = segment.end

@@ -22,6 +22,7 @@ from .console import show
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .model import Whisper
 from .transcription import (
+    NBest,
     Recording,
     Segment,
     TranscribeOptions,
@@ -57,6 +58,7 @@ class OpenRecording:
     tokenizer: Tokenizer
     clips: list[tuple[int, int]]  # first and last frame of each part to transcribe
     skipped: list[Skip] = field(default_factory=list)
+    n_best: list[NBest] = field(default_factory=list)
 
     @property
     def frames(self) -> int:
@@ -168,6 +170,7 @@ def iter_segments(model: Whisper, recording: OpenRecording, options: TranscribeO
                 window = Window(seek, min(N_FRAMES, end - seek))
                 split, result = hear(model, recording, window, options, prompt, last_speech)
                 recording.skipped.extend(split.skipped)
+                recording.n_best.extend(split.n_best)
                 if split.heard and result is not None:
                     last_speech = last_word_end(split.segments, default=last_speech)
                     split = replace(split, segments=spoken(split.segments, window))

@@ -19,7 +19,7 @@ from whisper.tokenizer import Tokenizer
 from whisper.utils import format_timestamp
 
 from .console import show
-from .decoding import DecodingOptions, asked_language
+from .decoding import Alternative, DecodingOptions, asked_language
 from .errors import OptionError, near_names
 from .options import option
 from .timing import Word
@@ -46,6 +46,7 @@ class TranscribeOptions:
         before it. None decodes one window after the other, each prompted with the text before it.
     multilingual: find out the language of each window, for people who switch; None may be given as the language then.
     vad_filter: leave out what the voice activity detector hears no speech in.
+    logprobs: give each segment's and word's tokens their log probabilities.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
 
@@ -66,6 +67,7 @@ class TranscribeOptions:
     batch_size: int | None = option(None, "windows, of all files, decoded together; None is one after the other")
     multilingual: bool = option(False, "find out the language of each window, not just the first")
     vad_filter: bool = option(False, "leave out what holds no voice (better with silero-vad)")
+    logprobs: bool = option(False, "log probabilities of the tokens of segments and words (json)")
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
     @classmethod
@@ -89,6 +91,8 @@ class TranscribeOptions:
             raise OptionError("multilingual finds out the language of each window; leave out `language`")
         for temperature in made.temperatures():
             made.at(temperature).verify()
+        if (decoding.n_best or 1) > (decoding.beam_size or decoding.best_of or 1):
+            raise OptionError(f"n_best {decoding.n_best} needs a beam_size as large, or best_of with a temperature")
         seek_points(made.clip_timestamps)
         return made
 
@@ -146,8 +150,20 @@ def plain_number(name: str, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class NBest:
+    """The best texts of one window, by how likely they are; of each what is said from `start` to `end` (seconds)."""
+
+    start: float
+    end: float
+    alternatives: list[Alternative]
+
+
+@dataclass(frozen=True)
 class Segment:
-    """A stretch of speech; `words` is None where no word times were asked for, as in all of a recording's segments."""
+    """A stretch of speech; `words` is None where no word times were asked for, as in all of a recording's segments.
+
+    logprobs: the natural log probability of each of the tokens; None where they were not asked for.
+    """
 
     id: int
     seek: int
@@ -160,21 +176,23 @@ class Segment:
     compression_ratio: float
     no_speech_prob: float
     words: list[Word] | None = None
+    logprobs: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """openai-whisper's dict of this segment."""
-        made = asdict(self)
-        if self.words is None:
-            del made["words"]
-        for word in made.get("words", []):
-            if word["gate"] is None:
-                del word["gate"]
+        """openai-whisper's dict of this segment; what was not asked for is not in it."""
+        made = present(asdict(self))
+        if self.words is not None:
+            made["words"] = [present(asdict(word)) for word in self.words]
         return made
+
+
+def present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Transcription(dict[str, Any]):
-    """A recording's text, segments, language code, and the parts that were skipped and why.
+    """A recording's text, segments, language code, the parts that were skipped and why, and its windows' n best texts.
 
     It is also openai-whisper's dict: `result["text"]`, `result.get`, `json.dumps(result)`.
     """
@@ -183,6 +201,7 @@ class Transcription(dict[str, Any]):
     segments: list[Segment]
     language: str
     skipped: list[Skip] = field(default_factory=list)
+    n_best: list[NBest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.update(self.to_dict())
@@ -194,11 +213,12 @@ class Transcription(dict[str, Any]):
             said = [replace(segment, words=None) for segment in said]
         segments = [segment.to_dict() for segment in said]
         skipped = [asdict(skip) for skip in self.skipped]
-        return {"text": self.text, "segments": segments, "language": self.language, "skipped": skipped}
+        made = {"text": self.text, "segments": segments, "language": self.language, "skipped": skipped}
+        return made | ({"n_best": [asdict(each) for each in self.n_best]} if self.n_best else {})
 
 
 class Recording(Protocol):
-    """What is known of a recording while it is transcribed; `skipped` grows."""
+    """What is known of a recording while it is transcribed; `skipped` and `n_best` grow."""
 
     @property
     def duration(self) -> float:
@@ -213,12 +233,16 @@ class Recording(Protocol):
     @property
     def skipped(self) -> list[Skip]: ...
 
+    @property
+    def n_best(self) -> list[NBest]: ...
+
 
 def collect(segments: Iterable[Segment], recording: Recording) -> Transcription:
     """All segments, as a Transcription."""
     kept = list(segments)
     text = recording.tokenizer.decode([token for segment in kept for token in segment.tokens])
-    return Transcription(text, kept, recording.language, sorted(recording.skipped, key=lambda skip: skip.start))
+    skipped, n_best = (sorted(some, key=lambda part: part.start) for some in (recording.skipped, recording.n_best))
+    return Transcription(text, kept, recording.language, skipped, n_best)
 
 
 def warn_of_translated_words(options: TranscribeOptions) -> None:

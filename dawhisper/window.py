@@ -17,10 +17,10 @@ from whisper.tokenizer import LANGUAGES, Tokenizer
 
 from .audio import log_mel_spectrogram, pad_or_trim
 from .console import show
-from .decoding import DecodingResult, decode_windows, detect_language, model_tokenizer
+from .decoding import Alternative, DecodingResult, decode_windows, detect_language, model_tokenizer
 from .model import AudioFeatures, Whisper
 from .timing import TimedText, Word, add_word_times
-from .transcription import Recording, Segment, TranscribeOptions
+from .transcription import NBest, Recording, Segment, TranscribeOptions
 from .vad import Skip
 
 LATEST_START = 100  # frames, 1 s: Whisper says of no first words that they start later in a window
@@ -69,6 +69,7 @@ class Split:
     at_end: bool = False
     heard: bool = True
     skipped: tuple[Skip, ...] = ()
+    n_best: tuple[NBest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,28 @@ def split_window(
     if is_silence(model, result, options):
         return window.skip("no speech")
     tokenizer = model_tokenizer(model, result.language, options.decoding.task)
-    split = split_segments(result, window, model, tokenizer)
-    if not options.word_timestamps:
-        return split
-    features = AudioFeatures(*(x[None] for x in result.audio_features))
-    return with_words(split, model, recording, tokenizer, features, window, last_speech, options)
+    split = split_segments(result, window, model, tokenizer, options.logprobs)
+    if options.word_timestamps:
+        features = AudioFeatures(*(x[None] for x in result.audio_features))
+        split = with_words(split, model, recording, tokenizer, features, window, last_speech, options)
+    return replace(split, n_best=n_best_until(split.resume, result, window, model, tokenizer))
+
+
+def n_best_until(
+    resume: int, result: DecodingResult, window: Window, model: Whisper, tokenizer: Tokenizer
+) -> tuple[NBest, ...]:
+    """The window's alternatives, without what starts at frame `resume` or later, which the next window hears again."""
+    if not result.alternatives:
+        return ()
+    latest = tokenizer.timestamp_begin + (resume - window.seek) // (N_FRAMES // model.dims.n_audio_ctx)
+    texts: dict[str, Alternative] = {}
+    for each in result.alternatives:
+        beyond = (i for i, token in enumerate(each.tokens[1:], 1) if token >= latest and each.tokens[i - 1] >= latest)
+        tokens = each.tokens[: next(beyond, None)]
+        text = tokenizer.decode(tokens).strip()
+        texts.setdefault(text, replace(each, tokens=tokens, text=text))
+    end = min(resume, window.end) / FRAMES_PER_SECOND
+    return (NBest(window.start, end, list(texts.values())),)
 
 
 def leading_silence(mel: Tensor) -> int:
@@ -229,43 +247,51 @@ def exceeds(value: float, threshold: float | None) -> bool:
     return threshold is not None and value > threshold
 
 
-def split_segments(result: DecodingResult, window: Window, model: Whisper, tokenizer: Tokenizer) -> Split:
-    """Cut a window's tokens at its pairs of timestamps; an unfinished segment at its end is left to the next window."""
+def split_segments(
+    result: DecodingResult, window: Window, model: Whisper, tokenizer: Tokenizer, logprobs: bool = False
+) -> Split:
+    """Cut a window's tokens at its pairs of timestamps; an unfinished segment at its end is left to the next window.
+
+    logprobs: the segments have those of their tokens.
+    """
     stride = N_FRAMES // model.dims.n_audio_ctx  # mel frames per timestamp: 2
     precision = stride * HOP_LENGTH / SAMPLE_RATE  # seconds per timestamp: 0.02
     tokens, begin = result.tokens, tokenizer.timestamp_begin
     is_time = [token >= begin for token in tokens]
     at_end = is_time[-2:] == [False, True]
 
-    def segment(tokens: list[int], start: float, end: float) -> Segment:
-        text = tokenizer.decode([token for token in tokens if token < tokenizer.eot])
+    def segment(first: int, last: int, start: float, end: float) -> Segment:
+        piece = tokens[first:last]
+        text = tokenizer.decode([token for token in piece if token < tokenizer.eot])
         return Segment(
             id=0,
             seek=window.seek,
             start=start,
             end=end,
             text=text,
-            tokens=tokens,
+            tokens=piece,
             temperature=result.temperature,
             avg_logprob=result.avg_logprob,
             compression_ratio=result.compression_ratio,
             no_speech_prob=result.no_speech_prob,
+            logprobs=result.logprobs[first:last] if logprobs else None,
         )
 
     cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
     if not cuts:  # one segment, to its last timestamp or to the window's end
         times = [token for token in tokens if token >= begin]
         duration = (times[-1] - begin) * precision if times and times[-1] != begin else window.duration
-        only = segment(tokens, window.start, window.start + duration)
+        only = segment(0, len(tokens), window.start, window.start + duration)
         return Split([only], window.seek + window.size, at_end)
     if at_end:
         cuts.append(len(tokens))
-    pieces = [tokens[i:j] for i, j in zip([0, *cuts], cuts)]
     segments = [
-        segment(piece, window.start + (piece[0] - begin) * precision, window.start + (piece[-1] - begin) * precision)
-        for piece in pieces
+        segment(
+            i, j, window.start + (tokens[i] - begin) * precision, window.start + (tokens[j - 1] - begin) * precision
+        )
+        for i, j in zip([0, *cuts], cuts)
     ]
-    resume = window.seek + (window.size if at_end else (pieces[-1][-1] - begin) * stride)
+    resume = window.seek + (window.size if at_end else (tokens[cuts[-1] - 1] - begin) * stride)
     return Split(segments, resume, at_end)
 
 
@@ -305,7 +331,7 @@ def with_words(
     options: TranscribeOptions,
 ) -> Split:
     """Give the segments their words, go on after the last of them, and drop what is likely made up in silence."""
-    texts = [TimedText([t for t in s.tokens if t < tokenizer.eot], s.start, s.end) for s in split.segments]
+    texts = [timed_text(segment, tokenizer.eot) for segment in split.segments]
     timed = add_word_times(
         texts,
         model,
@@ -327,6 +353,13 @@ def with_words(
             resume = window.seek + window.size
         split = replace(split, resume=resume)
     return split if threshold is None else without_hallucinations(split, window, recording, last_speech, threshold)
+
+
+def timed_text(segment: Segment, eot: int) -> TimedText:
+    """A segment's text tokens, those below <|endoftext|>, as what is to be timed."""
+    places = [i for i, token in enumerate(segment.tokens) if token < eot]
+    logprobs = None if segment.logprobs is None else [segment.logprobs[i] for i in places]
+    return TimedText([segment.tokens[i] for i in places], segment.start, segment.end, logprobs=logprobs)
 
 
 def without_hallucinations(

@@ -241,3 +241,38 @@ def test_special_tokens_in_a_prompt_are_text() -> None:
     tokenizer = model_tokenizer(model, "en")
     tokens = initial_tokens(model, tokenizer, DecodingOptions(language="en", prompt="<|endoftext|> so"))
     assert tokens[0] == tokenizer.sot_prev and tokenizer.eot not in tokens
+
+
+@pytest.mark.parametrize("case", ["greedy", "beam", "beam, patient", "beam, impatient", "best of"])
+def test_log_probabilities_are_those_of_the_tokens(case: str) -> None:
+    """Each one is what the model gives its token after those before it, under the rules; their mean is avg_logprob."""
+    model = talkative(trained(DualOptions()), eot_bias=30.0)
+    options = DecodingOptions(**{"language": "en", "sample_len": 12, **CASES[case]})
+    torch.manual_seed(2)
+    for mel, got in zip(mels(3), decode(model, mels(3), options)):
+        assert len(got.logprobs) == len(got.tokens)
+        tokenizer = model_tokenizer(model, "en")
+        first = initial_tokens(model, tokenizer, options)
+        rules = Rules(model, tokenizer, options)
+        tokens = torch.tensor([*first, *got.tokens])
+        with torch.no_grad():
+            logits = model.logits(tokens[None], model.encode(mel[None]))[0, len(first) - 1 :]
+        expected = []
+        for i, token in enumerate([*got.tokens, tokenizer.eot]):
+            rules.apply(logits[i : i + 1], torch.tensor([got.tokens[:i]], dtype=torch.long))
+            expected.append(float(logits[i].log_softmax(-1)[token]))
+        assert got.logprobs == pytest.approx(expected[:-1], abs=1e-4)
+        ended = len(got.tokens) < 12  # where there was no room, <|endoftext|> was not reached
+        assert got.avg_logprob == pytest.approx(sum(expected[: None if ended else -1]) / len(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("case", ["beam", "beam, patient", "best of"])
+def test_n_best(case: str) -> None:
+    model = talkative(trained(DualOptions()))
+    options = DecodingOptions(**{"language": "en", "sample_len": 12, "n_best": 3, **CASES[case]})
+    for got in decode(model, mels(2), options):
+        texts = [each.text for each in got.alternatives]
+        assert texts[0] == got.text and got.alternatives[0].tokens == got.tokens
+        assert 1 < len(texts) <= 3 and len(set(texts)) == len(texts)
+        scores = [each.score for each in got.alternatives]
+        assert scores == sorted(scores, reverse=True)

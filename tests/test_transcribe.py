@@ -210,3 +210,24 @@ def test_audio_that_cannot_be_used() -> None:
         model.transcribe(np.full(16000, np.nan, np.float32))
     with pytest.raises(AudioError):
         model.transcribe(np.zeros(0, np.float32))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_log_probabilities_and_n_best(batch_size: int | None) -> None:
+    model = talkative(trained(DualOptions()))
+    options = {**SURE, "language": "en", "sample_len": 16, "beam_size": 3, "batch_size": batch_size, "temperature": 0.0}
+    audio = noise(40.0)
+    plain = dawhisper.transcribe(model, audio, **options, word_timestamps=True).to_dict()
+    asked = dawhisper.transcribe(model, audio, **options, word_timestamps=True, logprobs=True, n_best=2).to_dict()
+    assert asked.pop("n_best")[0]["alternatives"][0]["text"] in asked["text"].strip()
+    for segment in asked["segments"]:
+        logprobs = segment.pop("logprobs")
+        assert len(logprobs) == len(segment["tokens"]) and max(logprobs) <= 0
+        of_words = [each for word in segment["words"] for each in word.pop("logprobs")]
+        assert of_words == [p for p, token in zip(logprobs, segment["tokens"]) if token < 50257]
+    assert asked == plain
+
+
+def test_n_best_needs_beams() -> None:
+    with pytest.raises(OptionError, match="n_best 4 needs a beam_size as large"):
+        dawhisper.transcribe(talkative(trained(DualOptions())), noise(1.0), n_best=4)
