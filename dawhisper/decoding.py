@@ -399,7 +399,7 @@ def ranked_candidates(
 
     The log probabilities are those of the tokens and, where it was reached, of <|endoftext|>.
     """
-    made = []
+    made: list[tuple[list[int], list[float], float]] = []
     for row, logprobs, score in zip(*(x.tolist() for x in found)):
         if score > NEVER or not made:
             tokens = trimmed(row[begin:], eot)

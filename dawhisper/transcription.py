@@ -241,7 +241,8 @@ def collect(segments: Iterable[Segment], recording: Recording) -> Transcription:
     """All segments, as a Transcription."""
     kept = list(segments)
     text = recording.tokenizer.decode([token for segment in kept for token in segment.tokens])
-    skipped, n_best = (sorted(some, key=lambda part: part.start) for some in (recording.skipped, recording.n_best))
+    skipped = sorted(recording.skipped, key=lambda skip: skip.start)
+    n_best = sorted(recording.n_best, key=lambda window: window.start)
     return Transcription(text, kept, recording.language, skipped, n_best)
 
 

@@ -223,7 +223,8 @@ class Stream:
             if not timing.tokens:
                 continue
             start, end = (min(round(origin + t, 2), self.now) for t in (timing.start, timing.end))
-            words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tuple(timing.tokens)))
+            tokens = tuple(timing.tokens)
+            words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tokens=tokens))
         return words
 
     def _stable(self, hypothesis: LiveHypothesis) -> int:
