@@ -223,8 +223,8 @@ class Stream:
             if not timing.tokens:
                 continue
             start, end = (min(round(origin + t, 2), self.now) for t in (timing.start, timing.end))
-            tokens = tuple(timing.tokens)
-            words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tokens=tokens))
+            said = tuple(timing.tokens)
+            words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tokens=said))
         return words
 
     def _stable(self, hypothesis: LiveHypothesis) -> int:
