@@ -18,6 +18,7 @@ import torch
 
 from dawhisper.decoding import model_tokenizer
 from dawhisper.device import DTYPES
+from dawhisper.formats.huggingface import transformers_config
 from dawhisper.model import DualOptions
 from dawhisper.tools.throughput import SIZES, matrix_rate, measure, milliseconds, random_model
 
@@ -55,21 +56,10 @@ def ours(size: str, batch: int, who: str, args: argparse.Namespace) -> tuple[str
 
 @torch.no_grad()
 def transformers(size: str, batch: int, who: str, args: argparse.Namespace) -> tuple[str, ...]:
-    from transformers import GenerationMixin, WhisperConfig, WhisperForConditionalGeneration
+    from transformers import GenerationMixin, WhisperForConditionalGeneration
 
     dims = SIZES[size]
-    config = WhisperConfig(
-        vocab_size=dims.n_vocab,
-        num_mel_bins=dims.n_mels,
-        d_model=dims.n_text_state,
-        encoder_layers=dims.n_audio_layer,
-        decoder_layers=dims.n_text_layer,
-        encoder_attention_heads=dims.n_audio_head,
-        decoder_attention_heads=dims.n_text_head,
-        encoder_ffn_dim=4 * dims.n_audio_state,
-        decoder_ffn_dim=4 * dims.n_text_state,
-        attn_implementation="sdpa",
-    )
+    config = transformers_config(dims, attn_implementation="sdpa")
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     with device:
         model = WhisperForConditionalGeneration(config).to(dtype).eval()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dawhisper.distributed import World
+from dawhisper.formats.huggingface import transformers_config
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.tools.throughput import SIZES
 from dawhisper.training.cuda_graphs import Replay
@@ -100,20 +101,9 @@ def ours(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions, obj
 
 
 def transformers_model(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions) -> Step:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    from transformers import WhisperForConditionalGeneration
 
-    config = WhisperConfig(
-        vocab_size=dims.n_vocab,
-        num_mel_bins=dims.n_mels,
-        d_model=dims.n_audio_state,
-        encoder_layers=dims.n_audio_layer,
-        encoder_attention_heads=dims.n_audio_head,
-        encoder_ffn_dim=4 * dims.n_audio_state,
-        decoder_layers=dims.n_text_layer,
-        decoder_attention_heads=dims.n_text_head,
-        decoder_ffn_dim=4 * dims.n_text_state,
-        use_cache=False,
-    )
+    config = transformers_config(dims, use_cache=False)
     model = WhisperForConditionalGeneration._from_config(config, attn_implementation="sdpa").to(inputs.mel.device)
     model.train()
     if options.compile_peers:

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
 from whisper.tokenizer import Tokenizer
 
-from .audio import SampleReader, Source, log_mel_spectrogram, pad_or_trim
+from .audio import SampleReader, Source
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .model import AudioFeatures, Whisper
 from .transcription import (
@@ -41,9 +40,10 @@ from .window import (
     Split,
     Window,
     decode_with_fallback,
+    encode_batch,
+    last_windows,
     leading_silence,
     mel_batch,
-    padded_frames,
     pick,
     split_window,
     spoken,
@@ -296,11 +296,7 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     """What each window gave."""
     if not batch:
         return []
-    frames = padded_frames(model, max(job.chunk.size for job in batch))
-    samples = np.stack([pad_or_trim(job.chunk.samples, frames * HOP_LENGTH) for job in batch])
-    mel = log_mel_spectrogram(torch.from_numpy(samples), model.dims.n_mels, device=model.device)
-    for window, job in zip(mel, batch):
-        window[:, job.chunk.size :] = 0  # as the last window of a recording is padded
+    mel = last_windows(model, [job.chunk.samples for job in batch])
     later = [
         without_silence(job.window, leading_silence(window[:, : job.chunk.size])) for window, job in zip(mel, batch)
     ]
@@ -323,8 +319,7 @@ def decode_jobs(
     """Decode windows [B, n_mels, frames], those asked for alike at once; find new recordings' languages first."""
     if not jobs:
         return iter(())
-    with torch.no_grad():
-        features = model.encode(mel.to(model.dtype))
+    features = encode_batch(model, mel)
     asked = [job.recording.settings.over(options) for job in jobs]
     new: dict[BatchedRecording, PendingWindow] = {}  # with its first window
     for job, own in zip(jobs, asked):

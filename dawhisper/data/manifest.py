@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,19 +218,26 @@ def read_shard(path: Path, report: Report) -> list[Utterance]:
 # ---- sound --------------------------------------------------------------------------------------------------------
 
 
-def in_processes(function: Callable[[T], R], items: Sequence[T], workers: int | None = None) -> Iterator[R]:
-    """function(item) for each item, in order; in processes where there are many items.
+def in_processes(
+    function: Callable[[T], R], items: Sequence[T], workers: int | None = None, chunk: int = 16
+) -> Iterator[R]:
+    """function(item) for each item, in order; in processes where there is more than one `chunk`, which each takes.
 
+    Leaving early (Ctrl-C) stops the processes. DataError where one of them dies.
     (Not in threads: an Opus file has a frame every 20 ms, each one takes the interpreter's lock, and sixteen threads
     that decode so are slower than one.)
     """
-    workers = min(workers or os.cpu_count() or 1, len(items) // 16)
+    workers = min(workers or os.cpu_count() or 1, -(-len(items) // chunk))
     if workers < 2:
         yield from map(function, items)
         return
     with ProcessPoolExecutor(workers, initializer=start_process) as pool:
         try:
-            yield from pool.map(function, items, chunksize=8)
+            yield from pool.map(function, items, chunksize=chunk)
+        except BrokenProcessPool:
+            raise DataError(
+                "a process died (out of memory?): run again with fewer workers; what is done is kept"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -15,8 +15,6 @@ import tarfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -27,7 +25,7 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE, from_int16
 from dawhisper.errors import DataError, OptionError
-from dawhisper.files import AUDIO_SUFFIXES, audio_files, reading_text, write_lines
+from dawhisper.files import AUDIO_SUFFIXES, audio_files, reading_text, replacing, write_lines
 from dawhisper.options import option
 
 from .manifest import (
@@ -37,10 +35,10 @@ from .manifest import (
     Report,
     Utterance,
     decode_audio,
+    in_processes,
     manifest_line,
     read_manifest,
     read_shard,
-    start_process,
     write_manifest,
 )
 
@@ -48,7 +46,6 @@ SPLITS = ("train", "dev", "test")
 SHARD_CODECS = ("opus", "flac")
 CHECKED, LABELLED, REPORT = ".checked.jsonl", ".labelled.jsonl", "report.json"
 LOOPING = 2.4  # compression ratio of a repetitive text, Whisper's own threshold
-CHUNK = 16  # files that a process checks at a time
 ONLY_SPLIT = "manifest"  # the name of the one manifest where nothing is split
 
 
@@ -467,12 +464,12 @@ def _checked(items: list[CorpusItem], options: PrepareOptions, report: Report) -
             desc="checking", total=len(items), initial=len(items) - len(todo), unit="clip", disable=_quiet(options)
         ) as bar,
     ):
-        for results in _in_processes(_check_chunk, list(_chunks(todo, CHUNK)), options.workers):
-            for key, seconds, why in results:
-                known[key] = {"key": key, "seconds": seconds, "why": why}
-                file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
-            file.flush()  # so that a killed run loses no more than this
-            bar.update(len(results))
+        results = in_processes(_check, [utterance for _, utterance in todo], options.workers)
+        for (key, _), (seconds, why) in zip(todo, results):
+            known[key] = {"key": key, "seconds": seconds, "why": why}
+            file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
+            file.flush()  # so that a killed run loses little
+            bar.update()
     low, high = options.limits
     kept = []
     for key, item in zip(keys, items):
@@ -498,10 +495,6 @@ def _key(u: Utterance) -> str:
     return f"{u.name}|{state}"
 
 
-def _check_chunk(chunk: list[tuple[str, Utterance]]) -> list[tuple[str, float, str]]:
-    return [(key, *_check(u)) for key, u in chunk]
-
-
 def _check(u: Utterance) -> tuple[float, str]:
     """Decode a clip -> (seconds, why it can't be used or ""). A damaged file counts as unusable."""
     try:
@@ -511,26 +504,6 @@ def _check(u: Utterance) -> tuple[float, str]:
     except DataError as error:
         return 0.0, str(error)
     return round(len(audio) / SAMPLE_RATE, 4), ""
-
-
-def _in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int | None) -> Iterator[Any]:
-    """work(job) for each job, in processes, as they finish. Leaving early (Ctrl-C) stops the processes."""
-    count = min(workers or os.cpu_count() or 1, len(jobs))
-    if count <= 1:
-        yield from map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(count, initializer=start_process)
-    futures: list[Future[Any]] = []
-    try:
-        futures = [pool.submit(work, job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a process died (out of memory?): run again with fewer --workers; what is done is kept"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ---- labelling ----------------------------------------------------------------------------------------------------
@@ -569,8 +542,8 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
     import torch
 
     from dawhisper.checkpoint import load_model
-    from dawhisper.decoding import DecodingOptions, decode
-    from dawhisper.window import mel_batch
+    from dawhisper.decoding import DecodingOptions
+    from dawhisper.window import decode_clips
 
     from .targets import whisper_language
 
@@ -584,9 +557,7 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
         group.sort(key=lambda pair: -pair[1].duration)  # the longest first: memory runs out at once or never
         for batch in _chunks(group, options.batch_size):
             clips = [from_int16(decode_audio(u)) for _, u in batch]
-            mel = mel_batch(model, clips)
-            results = decode(model, mel, DecodingOptions(language=language, without_timestamps=True, temperature=0.0))
-            assert isinstance(results, list)  # one for each row of the batch
+            results = decode_clips(model, clips, DecodingOptions(language=language, without_timestamps=True))
             # a text in a loop is no text: the clip is then learnt from without one
             yield [
                 (key, "" if r.compression_ratio > LOOPING else r.text.strip(), r.language)
@@ -677,7 +648,7 @@ def _write_shards(utterances: list[Utterance], split: str, options: PrepareOptio
         for k, chunk in enumerate(_chunks(utterances, options.shard))
     ]
     with tqdm(desc=f"shards of {split}", total=len(jobs), unit="shard", disable=_quiet(options)) as bar:
-        for bad in _in_processes(_write_shard, jobs, options.workers):
+        for bad in in_processes(_write_shard, jobs, options.workers, chunk=1):
             for what, why in bad:
                 report.add(what, why)
             bar.update()
@@ -693,28 +664,23 @@ def _write_shards(utterances: list[Utterance], split: str, options: PrepareOptio
 
 
 def _write_shard(job: _ShardJob) -> list[tuple[str, str]]:
-    """Encode and pack one shard under a temporary name, then rename it. -> what could not be read"""
+    """Encode and pack one shard, which is written whole or not at all. -> what could not be read"""
     made_of = _fingerprint(job)
     if _shard_fingerprint(job.path) == made_of:
         return []
     bad = []
-    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, u in enumerate(job.utterances):
-                try:
-                    audio = decode_audio(u)
-                except DataError as error:
-                    bad.append((u.name, str(error)))
-                    continue
-                line = json.loads(manifest_line(u, Path("/")))
-                line = {key: v for key, v in line.items() if key not in ("audio", "start", "end", "offset", "size")}
-                _add(tar, f"{number:06d}.{job.codec}", encode_audio(audio, job.codec, job.bitrate))
-                _add(tar, f"{number:06d}.json", json.dumps(line, ensure_ascii=False).encode())
-            _add(tar, "fingerprint", made_of.encode())  # last: a shard that has it is whole
-        temporary.replace(job.path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(job.path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, u in enumerate(job.utterances):
+            try:
+                audio = decode_audio(u)
+            except DataError as error:
+                bad.append((u.name, str(error)))
+                continue
+            line = json.loads(manifest_line(u, Path("/")))
+            line = {key: v for key, v in line.items() if key not in ("audio", "start", "end", "offset", "size")}
+            _add(tar, f"{number:06d}.{job.codec}", encode_audio(audio, job.codec, job.bitrate))
+            _add(tar, f"{number:06d}.json", json.dumps(line, ensure_ascii=False).encode())
+        _add(tar, "fingerprint", made_of.encode())  # last: a shard that has it is whole
     return bad
 
 

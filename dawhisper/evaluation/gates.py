@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dawhisper.audio import N_SAMPLES_PER_TOKEN
+from dawhisper.audio import N_SAMPLES_PER_TOKEN, pad_or_trim
 from dawhisper.decoding import DecodingOptions, initial_tokens, model_tokenizer
 from dawhisper.model import Whisper
-from dawhisper.noise.mixing import Mixture
+from dawhisper.noise.mixing import Mixture, frame_energy
 from dawhisper.trace import Trace
 
 from .conditions import Condition
@@ -57,14 +57,9 @@ class GateSummary:
 
 def noise_dominated(mixture: Mixture, positions: int) -> tuple[Tensor, Tensor]:
     """Of a mixture of one: which encoder positions are noise-dominated, and which lie in the utterance; bool [T]."""
-
-    def energy(x: Tensor) -> Tensor:
-        x = torch.nn.functional.pad(x[0], (0, -x.shape[1] % N_SAMPLES_PER_TOKEN)).square()
-        frames = x.view(-1, N_SAMPLES_PER_TOKEN).sum(dim=1)[:positions]
-        return torch.nn.functional.pad(frames, (0, positions - len(frames)))
-
+    noise, clean = (pad_or_trim(frame_energy(x)[0], positions) for x in (mixture.noise, mixture.clean))
     inside = torch.arange(positions) * N_SAMPLES_PER_TOKEN < int(mixture.lengths[0])
-    return (energy(mixture.noise) > energy(mixture.clean)) & inside, inside
+    return (noise > clean) & inside, inside
 
 
 @torch.no_grad()

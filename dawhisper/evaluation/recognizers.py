@@ -20,8 +20,11 @@ import torch
 
 from dawhisper.audio import N_SAMPLES, pad_or_trim
 from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
+from dawhisper.decoding import DecodingOptions
 from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
 from dawhisper.formats.huggingface import hide_broken_torchaudio
+from dawhisper.transcribe import transcribe
+from dawhisper.window import decode_clips
 
 PACKAGES = {  # of each back end: what is imported, what is installed
     "openai": ("whisper", "openai-whisper"),
@@ -145,16 +148,10 @@ class Ours:
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
         if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
             return [self._transcribe(x, language) for x in audio]
-        from dawhisper.decoding import DecodingOptions, decode
-        from dawhisper.window import mel_batch
-
         options = DecodingOptions(language=language, without_timestamps=True, beam_size=self.decoding.beam_size)
-        results = decode(self.model, mel_batch(self.model, audio), options)
-        return [r.text for r in results]  # type: ignore[union-attr]
+        return [result.text for result in decode_clips(self.model, audio, options)]
 
     def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
-        from dawhisper.transcribe import transcribe
-
         torch.manual_seed(self.seed)  # the fallback samples; an utterance must not hear of those before it
         options = {} if self.decoding.fallback else {"temperature": 0.0}
         result = transcribe(self.model, audio, language=language, beam_size=self.decoding.beam_size, **options)

@@ -154,7 +154,6 @@ def to_transformers(model: Whisper, folder: Path) -> None:
     hide_broken_torchaudio()
     from transformers import (
         GenerationConfig,
-        WhisperConfig,
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
         WhisperProcessor,
@@ -162,8 +161,23 @@ def to_transformers(model: Whisper, folder: Path) -> None:
 
     if model.dual is not None:
         raise CheckpointError("a model with a second branch can't be converted: other packages have no such decoder")
-    dims, tokenizer = model.dims, model_tokenizer(model)
-    config = WhisperConfig(
+    tokenizer = model_tokenizer(model)
+    theirs: Any = WhisperForConditionalGeneration(transformers_config(model.dims))
+    theirs.to(model.dtype)
+    theirs.load_state_dict(transformers_weights(model), strict=False)
+    theirs.tie_weights()
+    theirs.generation_config = GenerationConfig(**generation_values(model, tokenizer))
+    theirs.save_pretrained(folder)
+    extractor = WhisperFeatureExtractor(feature_size=model.dims.n_mels)
+    extractor.save_pretrained(folder)
+    WhisperProcessor(extractor, transformers_tokenizer(tokenizer)).save_pretrained(folder)
+
+
+def transformers_config(dims: ModelDimensions, **more: Any) -> Any:
+    """The WhisperConfig of a model of these dimensions."""
+    from transformers import WhisperConfig
+
+    return WhisperConfig(
         vocab_size=dims.n_vocab,
         num_mel_bins=dims.n_mels,
         d_model=dims.n_audio_state,
@@ -175,16 +189,8 @@ def to_transformers(model: Whisper, folder: Path) -> None:
         decoder_ffn_dim=4 * dims.n_text_state,
         max_source_positions=dims.n_audio_ctx,
         max_target_positions=dims.n_text_ctx,
+        **more,
     )
-    theirs: Any = WhisperForConditionalGeneration(config)
-    theirs.to(model.dtype)
-    theirs.load_state_dict(transformers_weights(model), strict=False)
-    theirs.tie_weights()
-    theirs.generation_config = GenerationConfig(**generation_values(model, tokenizer))
-    theirs.save_pretrained(folder)
-    extractor = WhisperFeatureExtractor(feature_size=dims.n_mels)
-    extractor.save_pretrained(folder)
-    WhisperProcessor(extractor, transformers_tokenizer(tokenizer)).save_pretrained(folder)
 
 
 def transformers_weights(model: Whisper) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dawhisper.audio import SAMPLE_RATE
+from dawhisper.audio import N_SAMPLES_PER_TOKEN
 
-SNR_FRAME = SAMPLE_RATE // 50  # samples of a 20 ms frame
+SNR_FRAME = N_SAMPLES_PER_TOKEN  # samples of a 20 ms frame, which is also a position of the encoder
 ACTIVE_RANGE_DB = 40.0  # a frame this far below the loudest one is a pause
 MAX_NOISE_CREST_DB = 20.0  # noise may be this much louder in the pauses than under the speech, no more
 

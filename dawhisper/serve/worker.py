@@ -17,17 +17,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
-from whisper.audio import HOP_LENGTH, N_FRAMES, N_SAMPLES
+from torch import Tensor
+from whisper.audio import HOP_LENGTH, N_SAMPLES
 
-from dawhisper.audio import log_mel_spectrogram, pad_or_trim
+from dawhisper.batched import BatchedRecording
 from dawhisper.decoding import DecodingResult, decode_windows, model_tokenizer
 from dawhisper.model import Whisper
-from dawhisper.transcribe import OpenRecording, first_speech, iter_segments, open_recording
+from dawhisper.transcribe import first_speech, iter_segments, open_recording
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription, collect
 from dawhisper.window import (
     Prompt,
     Window,
+    encode_batch,
+    last_windows,
     leading_silence,
     needs_fallback,
     padded_frames,
@@ -191,13 +193,6 @@ class Engine:
         return collect(told(), recording)
 
 
-def recorded(model: Whisper, samples: np.ndarray, language: str, options: TranscribeOptions) -> OpenRecording:
-    """A recording whose language is known."""
-    mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
-    tokenizer = model_tokenizer(model, language, options.decoding.task)
-    return OpenRecording(mel, language, tokenizer, [(0, mel.shape[-1] - N_FRAMES)])
-
-
 def transcribe_together(
     model: Whisper, clips: Sequence[np.ndarray], options: TranscribeOptions
 ) -> list[Transcription | None]:
@@ -205,39 +200,35 @@ def transcribe_together(
 
     They are encoded alike: clips of a model of variable context differ by less than a second.
     """
-    language = options.decoding.language or "en"
-    recordings = [recorded(model, samples, language, options) for samples in clips]
     # where speech starts late, the window is not what tells the language
     given = options.decoding.language is not None or not model.is_multilingual
-    are_known = [given or first_speech(c, r.clips)[0] == 0 for c, r in zip(clips, recordings)]
-    prompt = Prompt.of(model, recordings[0].tokenizer, options).tokens(options)
-    length = max(padded_frames(model, r.frames) for r in recordings)
-    mels = torch.stack([pad_or_trim(r.mel[:, : r.frames], length) for r in recordings])
-    with torch.no_grad():
-        features = model.encode(mels.to(model.device, model.dtype))
-    results = decode_windows(model, features, options.at(options.temperatures()[0], prompt))
+    are_known = [given or first_speech(samples, [(0, len(samples) // HOP_LENGTH)])[0] == 0 for samples in clips]
+    tokenizer = model_tokenizer(model, options.decoding.language or "en", options.decoding.task)
+    prompt = Prompt.of(model, tokenizer, options).tokens(options)
+    mel = last_windows(model, clips)
+    results = decode_windows(model, encode_batch(model, mel), options.at(options.temperatures()[0], prompt))
     return [
-        from_one_window(model, replace(r, language=result.language), result, options) if known else None
-        for r, result, known in zip(recordings, results, are_known)
+        from_one_window(model, samples, heard, result, options) if known else None
+        for samples, heard, result, known in zip(clips, mel, results, are_known)
     ]
 
 
 def from_one_window(
-    model: Whisper, recording: OpenRecording, result: DecodingResult, options: TranscribeOptions
+    model: Whisper, samples: np.ndarray, mel: Tensor, result: DecodingResult, options: TranscribeOptions
 ) -> Transcription | None:
-    """The clip's transcription where this result is all there is to it."""
-    tokenizer = model_tokenizer(model, result.language, options.decoding.task)
-    recording = replace(recording, tokenizer=tokenizer)
-    window = Window(0, recording.frames)
-    silent = leading_silence(recording.mel[:, : window.end])
+    """The transcription of a clip [n], with its spectrogram [n_mels, T], where this result is all there is to it."""
+    window = Window(0, len(samples) // HOP_LENGTH)
+    silent = leading_silence(mel[:, : window.size])
     if silent == window.size:
         return Transcription("", [], result.language)
     if without_silence(window, silent) is not None:
         return None
     if needs_fallback(model, result, options) and len(options.temperatures()) > 1:
         return None
+    recording = BatchedRecording(samples, duration=window.duration)
+    recording.speaks(model, result.language, options)
     split = split_window(model, recording, window, result, options, 0.0)
-    if split.resume < recording.frames:
+    if split.resume < window.end:
         return None
     recording.skipped.extend(split.skipped)
     segments = [replace(segment, id=i) for i, segment in enumerate(spoken(split.segments, window))]

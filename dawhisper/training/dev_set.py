@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dawhisper.audio import CHUNK_LENGTH, N_SAMPLES_PER_TOKEN, fitted_int16, log_mel_spectrogram, pad_or_trim
-from dawhisper.decoding import DecodingOptions, decode_windows
+from dawhisper.audio import CHUNK_LENGTH, fitted_int16, from_int16
+from dawhisper.decoding import DecodingOptions
 from dawhisper.distributed import World
 from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, conditions, read_items
 from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import Whisper
 from dawhisper.noise.recordings import NoiseBank
+from dawhisper.window import decode_clips
 
 from .recipe import DataOptions, DevSetOptions
 
@@ -70,17 +71,13 @@ class DevSet:
         return self.windows[index][1].utterance.language or ""
 
     def _transcribe(self, model: Whisper, chosen: Sequence[int]) -> list[str]:
-        n_samples = model.dims.n_audio_ctx * N_SAMPLES_PER_TOKEN
-        windows = [pad_or_trim(torch.from_numpy(self.windows[i][2]), n_samples) for i in chosen]
-        audio = torch.stack(windows).to(self.world.device)
-        mel = log_mel_spectrogram(audio.float() / 32768, model.dims.n_mels)
         options = DecodingOptions(
             language=(self._language(chosen[0]) or None) if model.is_multilingual else "en",
             without_timestamps=True,
             sample_len=self.options.max_tokens,
         )
-        features = model.encode(mel.to(model.dtype))
-        return [result.text for result in decode_windows(model, features, options)]
+        clips = [from_int16(self.windows[i][2]) for i in chosen]
+        return [result.text for result in decode_clips(model, clips, options)]
 
 
 def _some(items: Sequence[EvaluationItem], most: int) -> Sequence[EvaluationItem]:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dawhisper.audio import N_SAMPLES_PER_TOKEN
+from dawhisper.audio import N_SAMPLES_PER_TOKEN, pad_or_trim
+from dawhisper.noise.mixing import frame_energy
 
 IGNORE = -100  # a label without loss
 ROWS = 1024  # token positions whose distributions over the vocabulary are looked at together
@@ -150,7 +151,7 @@ def noise_dominance(clean: Tensor, noise: Tensor, n_frames: int) -> Tensor:
 
     Samples beyond the waveform count as silence; where both are silent the share is 0.
     """
-    power = [_frame_energy(x, n_frames) for x in (clean, noise)]
+    power = [pad_or_trim(frame_energy(x), n_frames) for x in (clean, noise)]
     return power[1] / (power[0] + power[1] + 1e-8)
 
 
@@ -189,8 +190,3 @@ def frame_mask(lengths: Tensor, n_frames: int) -> Tensor:
 
 def _number(mask: Tensor, count: Tensor | None) -> Tensor:
     return (mask.sum() if count is None else count).clamp(min=1)
-
-
-def _frame_energy(x: Tensor, n_frames: int) -> Tensor:
-    x = F.pad(x.float(), (0, max(0, n_frames * N_SAMPLES_PER_TOKEN - x.shape[-1])))[:, : n_frames * N_SAMPLES_PER_TOKEN]
-    return x.unflatten(-1, (n_frames, N_SAMPLES_PER_TOKEN)).square().sum(-1)
