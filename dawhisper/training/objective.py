@@ -34,7 +34,7 @@ class ObjectiveOptions:
     audio it must give what Whisper gives of 30 s; hold_primary, hold_secondary: share of the windows without and with
     noise that are heard through that branch alone, so that each can stand for itself.
     risk: expected word errors of the student's own hypotheses, see risk.py: risk_samples of each window, drawn at
-    risk_temperature.
+    risk_temperature; risk_timestamps is the share of the batches in which they are drawn with time stamps.
     noise_attention, noise_mel: what the secondary branch should know of the noise (`noise_layers`: which decoder
     layers attend to it, None = all).
     """
@@ -55,6 +55,7 @@ class ObjectiveOptions:
     risk: float = 0.0
     risk_samples: Annotated[int, Field(ge=2)] = 4
     risk_temperature: Scale = 0.6
+    risk_timestamps: Share = 0.5
     noise_attention: float = 0.0
     noise_layers: Several[int] | None = None
     noise_mel: float = 0.0

@@ -3,7 +3,8 @@
 The loss is the expected number of word errors (minimum risk training, Shen et al. 2016, arXiv:1512.02433; for speech
 Prabhavalkar et al. 2018, arXiv:1712.01818), its gradient estimated over a few samples of each window, each against the
 mean of the window's others (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"). Distillation
-shows the decoder right beginnings alone; its own samples show it loops and inventions, and what they cost.
+shows the decoder right beginnings alone; its own samples show it loops and inventions, and what they cost. Samples
+with time stamps show it what an end that is set too early costs: the words behind it.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ class Sampler:
         torch._foreach_copy_(list(self.copy.parameters()), list(model.parameters()))
         texts = [self.words([t for t in row if 0 <= t < tokenizer.eot]) for row in inputs.labels.tolist()]
         spoken = [bool(words) and snr > -torch.inf for words, snr in zip(texts, inputs.snr_db.tolist())]
-        first = self.first_tokens(inputs.tokens)
+        stamped = bool(torch.rand(()) < o.risk_timestamps)
+        first = self.first_tokens(inputs.tokens, stamped)
         longest = int((inputs.labels != IGNORE).sum(1).max())
         drawn = DecodingOptions(
             temperature=o.risk_temperature,
             best_of=o.risk_samples,
             sample_len=min(-(-(longest * 3 // 2 + 8) // 32) * 32, model.dims.n_text_ctx // 2),
-            without_timestamps=True,
+            without_timestamps=not stamped,
         )
         rows = sample_windows(self.copy, self.copy.encode(inputs.mel.to(self.copy.dtype)), first, drawn)  # [B, N, n]
         errors = torch.zeros(rows.shape[:2])
@@ -69,13 +71,13 @@ class Sampler:
         mean = float(errors[torch.tensor(spoken)].mean()) if any(spoken) else 0.0
         return Hypotheses(flat[:, :-1], labels, advantage.flatten().to(flat.device), torch.tensor(mean).to(flat.device))
 
-    def first_tokens(self, tokens: Tensor) -> Tensor:
-        """Each window's <|startoftranscript|>, language and task, then no time stamps: [B, n] -> [B, k]"""
+    def first_tokens(self, tokens: Tensor, stamped: bool) -> Tensor:
+        """Each window's <|startoftranscript|>, language and task, and <|notimestamps|> if so: [B, n] -> [B, k]"""
         tokenizer = self.tokenizer
         start = (tokens == tokenizer.sot).long().argmax(1, keepdim=True)
         place = torch.arange(len(tokenizer.sot_sequence), device=tokens.device)
         given = tokens.gather(1, start + place)
-        return torch.cat([given, torch.full_like(start, tokenizer.no_timestamps)], dim=1)
+        return given if stamped else torch.cat([given, torch.full_like(start, tokenizer.no_timestamps)], dim=1)
 
     def words(self, tokens: list[int]) -> list[str]:
         return NOT_WORD.sub(" ", self.tokenizer.decode(tokens).lower()).split()

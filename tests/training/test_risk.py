@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -17,7 +18,9 @@ from dawhisper.training.inputs import Inputs
 from dawhisper.training.objective import ObjectiveOptions, Student
 from dawhisper.training.risk import Sampler
 
-OPTIONS = ObjectiveOptions(logits=0, encoder=0, attention=0, gate=0, silence=0, risk=1.0, risk_samples=3)
+OPTIONS = ObjectiveOptions(
+    logits=0, encoder=0, attention=0, gate=0, silence=0, risk=1.0, risk_samples=3, risk_timestamps=0
+)
 
 
 def batch(model: Whisper, texts: list[str], snr: list[float]) -> Inputs:
@@ -66,18 +69,23 @@ def test_samples_begin_as_they_are_told_and_differ(model: Whisper) -> None:
     assert len({tuple(row) for row in rows.flatten(0, 1).tolist()}) > 1
 
 
-def test_hypotheses_are_what_was_said_and_weighed_against_each_other(model: Whisper) -> None:
+@pytest.mark.parametrize("stamped", [False, True])
+def test_hypotheses_are_what_was_said_and_weighed_against_each_other(model: Whisper, stamped: bool) -> None:
     torch.manual_seed(2)
     inputs = batch(model, ["one two three", "", "four"], [math.inf, 5.0, -math.inf])
-    sampler = Sampler(model, OPTIONS, torch.float32)
+    sampler = Sampler(model, dataclasses.replace(OPTIONS, risk_timestamps=float(stamped)), torch.float32)
     said = sampler(model, inputs)
     assert len(said.tokens) == len(said.labels) == len(said.advantage) == 9
     advantage = said.advantage.view(3, 3)
     torch.testing.assert_close(advantage.sum(1), torch.zeros(3))
-    assert advantage[0].abs().max() > 0  # words were asked for, and the samples differ
+    if not stamped:  # words were asked for, and the samples differ; a random model says stamps alone where it may
+        assert advantage[0].abs().max() > 0
     assert (advantage[1:] == 0).all()  # no text to compare with; no speech
     assert said.errors.item() > 0
-    eot, begin = sampler.tokenizer.eot, len(sampler.tokenizer.sot_sequence_including_notimestamps)
+    tokenizer = sampler.tokenizer
+    eot, begin = tokenizer.eot, len(tokenizer.sot_sequence) + (not stamped)
+    assert not stamped or (said.tokens[:, begin] >= tokenizer.timestamp_begin).all()
+    assert (said.tokens[:, begin - 1] == tokenizer.no_timestamps).all().item() != stamped
     for tokens, labels in zip(said.tokens.tolist(), said.labels.tolist()):
         heard = [label for label in labels if label != losses.IGNORE]
         assert labels[: begin - 1] == [losses.IGNORE] * (begin - 1)
