@@ -21,6 +21,7 @@ from whisper.utils import compression_ratio
 from dawhisper.fast.cache import open_cache
 
 from .errors import OptionError, near_names
+from .hotwords import Hotwords, prefix_tree, terms_of
 from .kv_cache import KVCache
 from .model import AudioFeatures, Whisper
 from .options import option
@@ -37,6 +38,7 @@ OTHER_CODES = {  # older, wider or narrower codes of languages -> Whisper's
     "nb": "no",
     "zsm": "ms",
 }
+HOTWORD_STRENGTH = 2.0
 LOOK_EVERY = 8  # tokens between looks at the flag on a GPU, which stands still meanwhile
 
 
@@ -51,6 +53,8 @@ class DecodingOptions:
     best_of: samples drawn a window at a temperature above 0; the best is kept.
     beam_size, patience: beam search at temperature 0; patience as in Kasai et al., arXiv:2204.05424.
     length_penalty: alpha of Wu et al., arXiv:1609.08144; None divides by the length.
+    hotwords: terms to favour, a list or a string with commas, spelled as they are to be written; hotword_strength:
+        what each of their tokens gains in log probability (hotwords.py).
     n_best: how many different texts of a window are given, best first, out of its beams or samples.
     prompt: earlier text, or its tokens; prefix: the beginning of this window's text, or its tokens.
     suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start;
@@ -67,6 +71,8 @@ class DecodingOptions:
     beam_size: int | None = option(None, "beams at temperature 0; None decodes greedily")
     patience: float | None = option(None, "beam search patience (arXiv:2204.05424); 1.0 is plain beam search")
     length_penalty: float | None = option(None, "alpha of arXiv:1609.08144; None divides by the length")
+    hotwords: str | Sequence[str] | None = option(None, "names and terms to listen for, with commas; or a file of them")
+    hotword_strength: float = option(HOTWORD_STRENGTH, "what each token of a hotword gains in log probability")
     n_best: int | None = option(None, "also give the N best texts of each window, out of its beams or samples (json)")
     prompt: str | list[int] | None = None
     prefix: str | list[int] | None = None
@@ -97,6 +103,8 @@ class DecodingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1, not {value}")
+        if not 0 <= self.hotword_strength < math.inf:
+            raise OptionError(f"hotword_strength is 0 or more, not {self.hotword_strength}")
         if self.length_penalty is not None and not 0 <= self.length_penalty <= 1:
             raise OptionError(f"length_penalty lies between 0 and 1, not {self.length_penalty}")
         if self.patience is not None and round(cast(int, self.beam_size) * self.patience) < 1:
@@ -437,10 +445,11 @@ def _generate(
     group = options.beam_size or options.best_of or 1
     rules = Rules(model, tokenizer, options)
     search: Search
+    hotwords, rest = favoured(model, tokenizer, options, windows * group), (tokenizer.eot, max_length, model.device)
     if options.beam_size:
-        search = BeamSearch(windows, group, options.patience, tokenizer.eot, max_length, model.device)
+        search = BeamSearch(windows, group, options.patience, *rest, hotwords)
     else:
-        search = Sampling(windows * group, group, options.temperature, tokenizer.eot, max_length, model.device)
+        search = Sampling(windows * group, group, options.temperature, *rest, hotwords)
 
     at_sot, logits = cache.first_logits(model.decoder, tokens[:, :begin], [sot_index, begin - 1]).unbind(dim=1)
     no_speech = torch.full([windows], float("nan"))
@@ -464,6 +473,15 @@ def _generate(
 
     found = search.candidates(tokens)
     return Candidates(*(x.cpu() for x in found)), no_speech.tolist()
+
+
+def favoured(model: Whisper, tokenizer: Tokenizer, options: DecodingOptions, rows: int) -> Hotwords | None:
+    """The hotwords asked for, None where there are none."""
+    terms = terms_of(options.hotwords)
+    if not terms or not options.hotword_strength:
+        return None
+    tree = prefix_tree(terms, tokenizer.encoding, model.dims.n_vocab, model.device)
+    return Hotwords(tree, options.hotword_strength, rows)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from .fast.cache import StaticKVCache
+from .hotwords import Hotwords
 from .kv_cache import KVCache
 
 NEVER = float("-inf")
@@ -43,27 +44,39 @@ class Search(Protocol):
 class Sampling:
     """Greedy at temperature 0, independent samples above."""
 
-    def __init__(self, rows: int, group: int, temperature: float, eot: int, max_length: int, device: torch.device):
-        self.group, self.temperature, self.eot = group, temperature, eot
+    def __init__(
+        self,
+        rows: int,
+        group: int,
+        temperature: float,
+        eot: int,
+        max_length: int,
+        device: torch.device,
+        hotwords: Hotwords | None = None,
+    ):
+        self.group, self.temperature, self.eot, self.hotwords = group, temperature, eot, hotwords
         self.logprobs = torch.zeros(rows, max_length, device=device)
         self.places = torch.arange(rows, device=device)  # of the rows that are still decoded, in the batch
         self.left: tuple[Tensor, Tensor] | None = None  # the batch's tokens and log probabilities, once rows left it
 
     def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
-        if self.temperature == 0 and isinstance(cache, StaticKVCache) and cache.fused:
+        if self.temperature == 0 and isinstance(cache, StaticKVCache) and cache.fused and self.hotwords is None:
             from dawhisper.fast.token_step import most_likely
 
             chosen, logprob = most_likely(logits)
         else:
+            favoured = logits if self.hotwords is None else self.hotwords.raised(logits)
             if self.temperature == 0:
-                chosen = logits.argmax(dim=-1)
+                chosen = favoured.argmax(dim=-1)
             else:
-                chosen = Categorical(logits=logits / self.temperature, validate_args=False).sample()
+                chosen = Categorical(logits=favoured / self.temperature, validate_args=False).sample()
             logprob = F.log_softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
         alive = tokens[:, length - 1] != self.eot
         self.logprobs[:, length] = torch.where(alive, logprob, 0.0)
         chosen = torch.where(alive, chosen, self.eot)
         tokens[:, length] = chosen
+        if self.hotwords is not None:
+            self.hotwords.follow(chosen)
         return (chosen == self.eot).all()
 
     def without_done(self, tokens: Tensor, length: int, cache: KVCache) -> Tensor:
@@ -77,6 +90,8 @@ class Sampling:
         self.left = self._batch(tokens)
         self.places, self.logprobs = self.places[going], self.logprobs[going]
         cache.keep(going)
+        if self.hotwords is not None:
+            self.hotwords.keep(going)
         return tokens[going]
 
     def _batch(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +111,16 @@ class BeamSearch:
     """Beam search with patience; ends a window at round(beam_size * patience) finished candidates."""
 
     def __init__(
-        self, windows: int, beams: int, patience: float | None, eot: int, max_length: int, device: torch.device
+        self,
+        windows: int,
+        beams: int,
+        patience: float | None,
+        eot: int,
+        max_length: int,
+        device: torch.device,
+        hotwords: Hotwords | None = None,
     ):
-        self.windows, self.beams, self.eot = windows, beams, eot
+        self.windows, self.beams, self.eot, self.hotwords = windows, beams, eot, hotwords
         self.wanted = round(beams * (patience or 1.0))
         # the beams of a window start equal: only the first may branch
         self.scores = torch.full((windows, beams), NEVER, device=device)
@@ -117,8 +139,11 @@ class BeamSearch:
     def step(self, tokens: Tensor, length: int, logits: Tensor, cache: KVCache) -> Tensor:
         open_ = self.n_finished < self.wanted  # [B, 1]; other windows stay as they are
         # one candidate more than there are beams: at most one of a beam's ends
-        logprobs, ids = F.log_softmax(logits, dim=-1).topk(self.beams + 1, dim=-1)
-        scores = (self.scores[:, :, None] + logprobs.view(self.windows, self.beams, -1)).flatten(1)
+        logprobs = F.log_softmax(logits, dim=-1)
+        favoured = logprobs if self.hotwords is None else self.hotwords.raised(logprobs)
+        scores, ids = favoured.topk(self.beams + 1, dim=-1)
+        logprobs = logprobs.gather(1, ids)
+        scores = (self.scores[:, :, None] + scores.view(self.windows, self.beams, -1)).flatten(1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)  # [B, beams * (beams + 1)]
         ids, logprobs = (each.view(self.windows, -1).gather(1, order) for each in (ids, logprobs))
         rows = self.first_row + order // (self.beams + 1)
@@ -135,6 +160,8 @@ class BeamSearch:
         self.logprobs[:, length] = torch.where(open_, logprobs.gather(1, kept), 0.0).flatten()
         self.scores = torch.where(open_, scores.gather(1, kept), self.scores)
         cache.select(rows)
+        if self.hotwords is not None:
+            self.hotwords.follow(tokens[:, length], rows)
         return (self.n_finished >= self.wanted).all()
 
     def _finish(
