@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from tiktoken import Encoding
 from torch import Tensor
+
+from .errors import OptionError, one_line
 
 
 def terms_of(hotwords: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -23,6 +26,15 @@ def terms_of(hotwords: str | Sequence[str] | None) -> tuple[str, ...]:
         return ()
     lines = hotwords.replace(",", "\n").splitlines() if isinstance(hotwords, str) else hotwords
     return tuple(dict.fromkeys(term.strip() for term in lines if term.strip()))
+
+
+def read_terms(hotwords: str | None) -> tuple[str, ...]:
+    """The terms that the command line names: those in a UTF-8 file, where there is one of that name."""
+    path = Path(hotwords or "")
+    try:
+        return terms_of(path.read_text("utf-8-sig") if path.is_file() else hotwords)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"can't read the hotwords in {path}: {one_line(error)}; it is to be text in UTF-8") from error
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .decoding import asked_language
 from .device import DEVICE_HELP, THREADS_HELP
 from .errors import DawhisperError, OptionError, unforeseen
 from .files import writable_folder
+from .hotwords import read_terms
 from .model import Whisper
 from .options import option
 from .transcribe import transcribe_lazily
@@ -93,7 +94,7 @@ def transcribe_files(
     """
     writing.verify(options.get("word_timestamps", False))
     temperatures = fallback_temperatures(files.temperature, files.temperature_increment_on_fallback)
-    options = {**options, "temperature": temperatures}
+    options = {**options, "temperature": temperatures, "hotwords": read_terms(options.get("hotwords"))}
     TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
     options["language"] = asked_language(options.get("language"))
     paths, output_dir = files.audio, Path(files.output_dir)
