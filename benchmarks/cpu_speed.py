@@ -11,29 +11,20 @@ time is that from samples to text. The last column compares each with the first 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jiwer
 import numpy as np
 import torch
-from whisper.normalizers import EnglishTextNormalizer
 
-from dawhisper import load_audio
+from dawhisper.audio import SAMPLE_RATE
+from dawhisper.evaluation.metrics import count_words, error_rate, normalizer
 from dawhisper.evaluation.recognizers import Decoding, load_recognizer, parse_models
-
-
-def load_clips(manifest: Path, limit: int) -> list[tuple[np.ndarray, str]]:
-    path = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
-    lines = [json.loads(line) for line in path.read_text().splitlines()][: limit or None]
-    return [(load_audio(path.parent / line["audio"]), line["text"]) for line in lines]
-
+from dawhisper.tools.bench import load_clips
 
 model: Any = None  # of a model's own process
 
@@ -54,7 +45,7 @@ def hear(audio: np.ndarray) -> tuple[float, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", type=Path, help="JSONL manifest with audio and text, or a folder with one")
+    parser.add_argument("manifest", help="JSONL manifest with audio and text, a folder with one, or a shard")
     parser.add_argument("models", nargs="+", metavar="MODEL:DTYPE")
     parser.add_argument("--limit", type=int, default=0, help="clips of the manifest; 0 is all")
     parser.add_argument("--beam", type=int, help="beam size; greedy by default")
@@ -62,29 +53,29 @@ def main() -> None:
     args = parser.parse_args()
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # CTranslate2's
-    clips = load_clips(args.manifest, args.limit)
+    clips = load_clips([args.manifest], args.limit)
     spawn = multiprocessing.get_context("spawn")
     run = {m: ProcessPoolExecutor(1, spawn, start, (m, args.beam, args.threads)) for m in args.models}
     for pool in run.values():
-        pool.submit(hear, clips[0][0]).result()  # warm-up
+        pool.submit(hear, clips[0].audio).result()  # warm-up
 
     seconds: dict[str, list[float]] = {name: [] for name in run}
     texts: dict[str, list[str]] = {name: [] for name in run}
-    for turn, (audio, _) in enumerate(clips):
+    for turn, clip in enumerate(clips):
         order = list(run)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            took, text = run[name].submit(hear, audio).result()
+            took, text = run[name].submit(hear, clip.audio).result()
             texts[name].append(text)
             seconds[name].append(took)
 
-    normal = EnglishTextNormalizer()
-    total = sum(len(audio) for audio, _ in clips) / 16000
+    normal = normalizer("auto", "en")
+    total = sum(len(clip.audio) for clip in clips) / SAMPLE_RATE
     kind = f"beam {args.beam}" if args.beam else "greedy"
     print(f"{len(clips)} clips, {total / len(clips):.1f} s each, {args.threads} threads, {kind}\n")
     print("| model | x real time | s a clip | WER | speed beside the first (median of clips) |\n|---|---|---|---|---|")
     for name in run:
-        pairs = [(normal(r), normal(t)) for (_, r), t in zip(clips, texts[name]) if normal(r)]
-        wer = 100 * jiwer.wer([r for r, _ in pairs], [t for _, t in pairs])
+        pairs = [(normal(clip.text), normal(text)) for clip, text in zip(clips, texts[name])]
+        wer = 100 * error_rate([count_words(*pair) for pair in pairs if pair[0]])
         beside = median(first / own for first, own in zip(seconds[args.models[0]], seconds[name]))
         whole = sum(seconds[name])
         print(f"| {name} | {total / whole:.1f} | {whole / len(clips):.3f} | {wer:.2f} | {beside:.2f} |", flush=True)

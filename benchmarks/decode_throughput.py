@@ -18,14 +18,15 @@ import torch
 
 from dawhisper.decoding import model_tokenizer
 from dawhisper.device import DTYPES
-from dawhisper.formats.huggingface import transformers_config
+from dawhisper.errors import one_line
+from dawhisper.formats.huggingface import hide_broken_torchaudio, transformers_config
 from dawhisper.model import DualOptions
-from dawhisper.tools.throughput import SIZES, matrix_rate, measure, milliseconds, random_model
+from dawhisper.tools.throughput import SIZES, fastest, matmul_flops, measure, random_model
 
 WHO = ("dual", "single", "hf")
 COLUMNS = (
     "size | batch | who | encoder ms | prefill ms | ms/step | tok/s | tok/s with encoder | "
-    "encoder, share of bf16 rate | step, share of bandwidth | seconds taken"
+    "encoder, share of a matrix product's rate | step, share of a copy's bandwidth | seconds taken"
 )
 
 
@@ -51,11 +52,12 @@ def ours(size: str, batch: int, who: str, args: argparse.Namespace) -> tuple[str
     m = measure(model, batch, args.tokens, args.repeats)
     shares = ("" if share is None else f"{share:.0%}" for share in (m.encoder_share, m.step_share))
     rates = (f"{m.tokens_per_second:.0f}", f"{m.tokens_per_second_with_encoder:.0f}")
-    return (f"{m.encoder_ms:.1f}", f"{m.prefill_ms:.1f}", f"{m.step_ms:.3f}", *rates, *shares)
+    return (f"{m.encode_ms:.1f}", f"{m.prefill_ms:.1f}", f"{m.step_ms:.3f}", *rates, *shares)
 
 
 @torch.no_grad()
 def transformers(size: str, batch: int, who: str, args: argparse.Namespace) -> tuple[str, ...]:
+    hide_broken_torchaudio()
     from transformers import GenerationMixin, WhisperForConditionalGeneration
 
     dims = SIZES[size]
@@ -73,9 +75,9 @@ def transformers(size: str, batch: int, who: str, args: argparse.Namespace) -> t
         return GenerationMixin.generate(model, mel, decoder_input_ids=first, do_sample=False, num_beams=1, **length)
 
     assert generate(args.tokens).shape[1] == first.shape[1] + args.tokens
-    encoder = milliseconds(lambda: model.get_encoder()(mel), device, args.repeats)
-    whole = milliseconds(lambda: generate(args.tokens), device, 1)  # after two that don't count
-    prefill = milliseconds(lambda: generate(1), device, args.repeats) - encoder
+    encoder = 1e3 * fastest(lambda: model.get_encoder()(mel), device, args.repeats)
+    whole = 1e3 * fastest(lambda: generate(args.tokens), device, 1)  # after two that don't count
+    prefill = 1e3 * fastest(lambda: generate(1), device, args.repeats) - encoder
     n = 1e3 * batch * args.tokens
     step = (whole - encoder - prefill) / (args.tokens - 1)
     rates = (f"{n / (whole - encoder):.0f}", f"{n / whole:.0f}")
@@ -101,7 +103,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {args.tokens} tokens a window", end="")
     print(", our encoder compiled" * args.compile + ", our keys and values in int8" * args.int8_memory, end="")
-    print(f", bf16 products {matrix_rate(torch.device(args.device)) / 1e12:.0f} TFLOP/s\n" if cuda else "\n")
+    print(f", matrix products {matmul_flops(torch.device(args.device), DTYPES[args.dtype]) / 1e12:.1f} TFLOP/s\n")
     print(f"| {COLUMNS} |\n|{'---|' * len(COLUMNS.split('|'))}", flush=True)
     for size in args.sizes:
         for batch in args.batches:
@@ -110,7 +112,7 @@ def main() -> None:
                 try:
                     cells = (transformers if who == "hf" else ours)(size, batch, who, args)
                 except Exception as error:  # a peer that fails or lacks memory must not end the run
-                    cells = (" ".join(f"{type(error).__name__}: {error}".split())[:200], *[""] * 6)
+                    cells = (one_line(f"{type(error).__name__}: {error}"), *[""] * 6)
                 print(Row(size, batch, who, (*cells, f"{time.perf_counter() - started:.0f}")), flush=True)
                 gc.collect()
                 if cuda:

@@ -5,8 +5,8 @@
 
 A step is forward, cross-entropy, backward, gradient clipping and fused AdamW, on float32 weights under bf16 autocast.
 Ours has two cross-attentions and runs through what train.py runs through; `label-free` adds the frozen teacher and all
-objectives of configs/base_noise.yaml, which the peers do not have. MFU is counted as dawhisper/flops.py says, for each
-model by its own arithmetic. The time is the median of `--rounds` rounds of `--steps` steps after a warm-up.
+objectives of configs/base_noise.yaml, which the peers do not have. MFU is counted as dawhisper/training/flops.py says,
+for each model by its own arithmetic. The time is the median of `--rounds` rounds of `--steps` steps after a warm-up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dawhisper.distributed import World
-from dawhisper.formats.huggingface import transformers_config
+from dawhisper.errors import one_line
+from dawhisper.formats.huggingface import hide_broken_torchaudio, transformers_config
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.tools.throughput import SIZES
 from dawhisper.training.cuda_graphs import Replay
@@ -101,6 +102,7 @@ def ours(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions, obj
 
 
 def transformers_model(options: argparse.Namespace, inputs: Inputs, dims: ModelDimensions) -> Step:
+    hide_broken_torchaudio()
     from transformers import WhisperForConditionalGeneration
 
     config = transformers_config(dims, use_cache=False)
@@ -218,7 +220,7 @@ def main() -> None:
                 step = makers[who](inputs, dims)
                 seconds, first, memory = measure(step, options, device)
             except Exception as error:  # a peer that is missing or fails must not end the others' run
-                print(f"| {size} | {batch} | {who} | {type(error).__name__}: {' '.join(str(error).split())[:150]} |")
+                print(f"| {size} | {batch} | {who} | {one_line(f'{type(error).__name__}: {error}')} |")
                 continue
             finally:
                 del step

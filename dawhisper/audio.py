@@ -364,9 +364,9 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
 
 
-def from_int16(samples: np.ndarray) -> np.ndarray:
+def from_int16(samples: ArrayT) -> ArrayT:
     """16-bit samples as float32 in [-1, 1)."""
-    return samples.astype(np.float32) / 32768
+    return (samples.float() if isinstance(samples, Tensor) else samples.astype(np.float32)) / 32768
 
 
 def fitted_int16(audio: np.ndarray) -> np.ndarray:

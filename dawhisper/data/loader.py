@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dawhisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE
+from dawhisper.audio import N_SAMPLES_PER_TOKEN, SAMPLE_RATE, from_int16
 from dawhisper.distributed import onto
 from dawhisper.errors import DataError, OptionError
 from dawhisper.media import open_media
@@ -374,7 +374,7 @@ class Loader:
         tensors: dict[str, Any] = {
             key: onto(self.device, value) for key, value in data.items() if isinstance(value, Tensor)
         }
-        audio = tensors.pop("audio").float() / 32768
+        audio = from_int16(tensors.pop("audio"))
         return Batch(audio=audio, utterances=data["utterances"], position=data["position"], **tensors, **self._special)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dawhisper.errors import CheckpointError, OptionError
+from dawhisper.errors import CheckpointError, OptionError, one_line
 from dawhisper.model import AudioFeatures, CrossMemory, DualOptions, ModelDimensions, Whisper
 from dawhisper.trace import Trace
 
@@ -52,7 +52,7 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's errors have no class in common
-        raise CheckpointError(f"{path}: cannot be loaded ({' '.join(str(e).split())[:160]}); export it again") from e
+        raise CheckpointError(f"{path}: cannot be loaded ({one_line(e)}); export it again") from e
 
 
 class OnnxEncoder(nn.Module):

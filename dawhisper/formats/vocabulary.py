@@ -20,7 +20,7 @@ PLACES = {  # a special token's place -> rows of the vocabulary that has it ther
     NO_TIMES: {50362: 51864, 50363: 51865, 50364: 51866},
     "<|0.00|>": {50363: 51864, 50364: 51865, 50365: 51866},
 }
-SIZES = (51864, 51865, 51866)
+VOCABULARY_SIZES = (51864, 51865, 51866)
 
 
 def whisper_rows(folder: Path, config: Mapping[str, Any]) -> int:
@@ -32,12 +32,12 @@ def whisper_rows(folder: Path, config: Mapping[str, Any]) -> int:
     if told:
         return told.pop()
     added = _first_added(folder)
-    if added is not None and added in SIZES:
+    if added is not None and added in VOCABULARY_SIZES:
         return added
     # 128 mel channels came with the hundredth language
     if size == 51866 and config.get("num_mel_bins") == 80:
         size = 0
-    if size in SIZES or 0 < size < min(SIZES):
+    if size in VOCABULARY_SIZES or 0 < size < min(VOCABULARY_SIZES):
         return size
     raise CheckpointError(
         f"{folder}: a vocabulary of {config['vocab_size']} tokens, and nothing here says which of them are Whisper's; "
@@ -100,4 +100,4 @@ def _listed(folder: Path) -> Iterator[tuple[str, int]]:
 def _first_added(folder: Path) -> int | None:
     """The place of the first token behind Whisper's words that is none of its special ones, <|so|>."""
     others = (place for content, place in _listed(folder) if not re.fullmatch(r"<\|.*\|>", content))
-    return min((place for place in others if isinstance(place, int) and place >= min(SIZES)), default=None)
+    return min((place for place in others if isinstance(place, int) and place >= min(VOCABULARY_SIZES)), default=None)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dawhisper.audio import SAMPLE_RATE, to_int16
+from dawhisper.audio import SAMPLE_RATE, from_int16, to_int16
 from dawhisper.data.manifest import Utterance, decode_audio, in_processes, read_manifest
 from dawhisper.distributed import onto
 from dawhisper.errors import DataError
@@ -110,11 +110,11 @@ class NoiseBank:
         offset, period, start = (onto(self.data.device, t)[:, None] for t in (self.offsets[which], period, start))
         time = torch.arange(n_samples, device=self.data.device)
         if speeds is None:
-            return self.data[offset + (start + time) % period].float() / 32768
+            return from_int16(self.data[offset + (start + time) % period])
         moment = time * onto(self.data.device, speeds)[:, None]
         whole = moment.long()
-        before, after = (self.data[offset + (start + whole + k) % period].float() for k in (0, 1))
-        return torch.lerp(before, after, moment - whole) / 32768
+        before, after = (from_int16(self.data[offset + (start + whole + k) % period]) for k in (0, 1))
+        return torch.lerp(before, after, moment - whole)
 
     def babble(
         self,
@@ -142,7 +142,7 @@ class NoiseBank:
         n_taps = min(int(self.lengths.max()), int(max_seconds * SAMPLE_RATE))
         tap = torch.arange(n_taps)
         position = onto(self.data.device, (self.offsets[which][:, None] + tap).clamp(max=self.data.numel() - 1))
-        return self.data[position].float() / 32768 * onto(self.data.device, tap < length[:, None])
+        return from_int16(self.data[position]) * onto(self.data.device, tap < length[:, None])
 
 
 def recordings(source: str | os.PathLike[str]) -> list[Utterance]:

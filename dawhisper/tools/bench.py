@@ -1,7 +1,7 @@
 """How fast a model is, stage by stage and beside other packages on the same recordings, in one process run.
 
-Stages are measured with public functions alone, and set against what the machine can do: a copy gives its memory
-bandwidth, a matrix product its arithmetic. Packages take turns at each job, so that a busy moment hits all of them.
+Stages are measured as throughput.py does, and set against what the machine can do. Packages take turns at each job,
+so that a busy moment hits all of them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dawhisper.audio import N_SAMPLES, SAMPLE_RATE, from_int16, load_audio, log_mel_spectrogram
+from dawhisper.audio import SAMPLE_RATE, from_int16, load_audio
 from dawhisper.batched import BatchedRecording, iter_batched
 from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL
 from dawhisper.data.manifest import decode_audio, read_manifest
-from dawhisper.decoding import DecodingOptions, decode, initial_tokens, model_tokenizer
 from dawhisper.device import DEVICE_HELP, THREADS_HELP
 from dawhisper.errors import OptionError, near_names
 from dawhisper.evaluation.metrics import count_words, error_rate, normalizer
@@ -44,9 +43,10 @@ from dawhisper.formats.huggingface import to_ctranslate2, to_transformers
 from dawhisper.model import Whisper
 from dawhisper.options import option
 from dawhisper.timing import Word
-from dawhisper.training.flops import forward_flops
 from dawhisper.transcribe import transcribe_lazily
 from dawhisper.transcription import Segment, TranscribeOptions
+
+from .throughput import Throughput, copy_bandwidth, matmul_flops, measure
 
 OURS = "dawhisper"
 PEERS = {"openai-whisper": "openai", "faster-whisper": "faster", "transformers": "hf"}  # name: back end of `evaluate`
@@ -127,20 +127,6 @@ class BenchClip:
     text: str
 
 
-@dataclass(frozen=True)
-class Stages:
-    """Our own stages for one batch of windows, and which part of the machine's ceilings they reach."""
-
-    windows: int
-    encode_ms: float
-    prefill_ms: float  # cross-attention keys and values, the prompt, and the first token
-    tokens_per_second: float
-    copy_gb_per_second: float
-    matmul_tflops: float
-    encode_flop_fraction: float
-    decode_bandwidth_fraction: float
-
-
 def bench(options: BenchOptions) -> dict[str, Any]:
     """Measure, print tables, and write them where asked for. Returns what the JSON file holds."""
     if options.threads:
@@ -157,7 +143,9 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     loaded = [load_contestant(contestant, options) for contestant in contestants]
     report: dict[str, Any] = {
         "environment": environment(options),
-        "stages": [asdict(measure_stages(loaded[0].model, n)) for n in sorted({1, options.batch_size or 1})],
+        "stages": [asdict(measure(loaded[0].model, n, STEPS)) for n in sorted({1, options.batch_size or 1})],
+        "copy_gb_per_second": copy_bandwidth(loaded[0].model.device) / 1e9,
+        "matmul_tflops": matmul_flops(loaded[0].model.device, loaded[0].model.dtype) / 1e12,
         "sections": {},
     }
     for title, clips, section in sections:
@@ -208,7 +196,7 @@ def device_of(options: BenchOptions) -> torch.device:
 
 
 def load_contestant(contestant: Contestant, options: BenchOptions) -> Any:
-    """A recogniser of backends.py, of the model in the contestant's format."""
+    """A recogniser of recognizers.py, of the model in the contestant's format."""
     backend = PEERS.get(contestant.name, "")
     spec = ModelSpec(contestant.label, backend, options.model)
     if backend in ("faster", "hf"):
@@ -402,75 +390,6 @@ def _peak(contestant: Contestant, options: BenchOptions, audio: np.ndarray) -> f
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-# ---------------------------------------------------------------------------------------------------------- stages
-
-
-def measure_stages(model: Whisper, windows: int) -> Stages:
-    """Time a batch of windows of noise; what is in them does not matter to the stages."""
-    samples = torch.from_numpy(np.random.default_rng(0).standard_normal((windows, N_SAMPLES)).astype(np.float32) / 10)
-    mel = log_mel_spectrogram(samples, model.dims.n_mels, device=model.device).to(model.dtype)
-    with torch.no_grad():
-        features = model.encode(mel)
-        encode = fastest(lambda: model.encode(mel), model.device)
-    tokenizer = model_tokenizer(model, "en", "transcribe")
-    # nothing but text, and no end of it
-    options = DecodingOptions(language="en", without_timestamps=True, suppress_tokens=[tokenizer.eot])
-    first = fastest(lambda: decode(model, features, options, sample_len=1), model.device)
-    steps = fastest(lambda: decode(model, features, options, sample_len=1 + STEPS), model.device) - first
-    prompt = len(initial_tokens(model, tokenizer, options))
-    bandwidth, arithmetic = copy_bandwidth(model.device), matmul_flops(model.device, model.dtype)
-    done = forward_flops(model.dims, model.dual, model.dims.n_audio_ctx, prompt) * windows
-    return Stages(
-        windows=windows,
-        encode_ms=1000 * encode,
-        prefill_ms=1000 * first,
-        tokens_per_second=windows * STEPS / steps,
-        copy_gb_per_second=bandwidth / 1e9,
-        matmul_tflops=arithmetic / 1e12,
-        encode_flop_fraction=done / (encode + first) / arithmetic,
-        decode_bandwidth_fraction=bytes_of_a_step(model, windows) * STEPS / steps / bandwidth,
-    )
-
-
-def bytes_of_a_step(model: Whisper, windows: int) -> float:
-    """What decoding one more token of each window reads at least: the decoder's weights, and the audio's cache."""
-    dims, branches = model.dims, 1 if model.dual is None else 2
-    cached = {"cross_attn.key", "cross_attn.value", "secondary_attn.key", "secondary_attn.value"}
-    weights = sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in model.decoder.state_dict().items()
-        if not any(part in name for part in cached) and name != "positional_embedding"
-    )
-    audio = 2 * branches * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * windows
-    return weights + audio * model.decoder.positional_embedding.element_size()
-
-
-def fastest(function: Callable[[], Any], device: torch.device, rounds: int = 3) -> float:
-    """Seconds of the fastest of some rounds, after one that does not count."""
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of 256 MB."""
-    source = torch.ones(64_000_000, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / fastest(lambda: target.copy_(source), device)
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matrix product."""
-    n = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / fastest(lambda: a @ a, device)
-
-
 # ---------------------------------------------------------------------------------------------------------- report
 
 
@@ -502,14 +421,15 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{where['device']}, {where['threads']} threads, Python {where['python']}; {versions}",
         "",
-        "| windows | encode ms | prefill ms | tokens/s | of the matrix product's FLOP/s | of the copy's bytes/s |",
+        "| windows | encode ms | prefill ms | tokens/s | encoder, of a product's FLOP/s | step, of a copy's bytes/s |",
         "|---|---|---|---|---|---|",
     ]
-    for s in report["stages"]:
+    for stages in report["stages"]:
+        s = Throughput(**stages)
+        step = "" if s.step_share is None else f"{s.step_share:.0%} of {report['copy_gb_per_second']:.1f} G"
         lines.append(
-            f"| {s['windows']} | {s['encode_ms']:.1f} | {s['prefill_ms']:.1f} | {s['tokens_per_second']:.0f} "
-            f"| {s['encode_flop_fraction']:.0%} of {s['matmul_tflops']:.2f} T (encode and prefill) "
-            f"| {s['decode_bandwidth_fraction']:.0%} of {s['copy_gb_per_second']:.1f} G (a token) |"
+            f"| {s.windows} | {s.encode_ms:.1f} | {s.prefill_ms:.1f} | {1e3 * s.windows / s.step_ms:.0f} "
+            f"| {s.encoder_share:.0%} of {report['matmul_tflops']:.2f} T | {step} |"
         )
     for title, section in report["sections"].items():
         ours = section["contestants"][0]

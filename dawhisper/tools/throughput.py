@@ -1,7 +1,8 @@
 """How fast a model decodes: encoder, prefill and token step, and their share of what the device can do.
 
-The number of tokens is forced, so that the weights don't matter and random ones serve. What a step must read at least:
-the decoder's weights, the logits' matrix, and the keys and values of each row.
+The number of tokens is forced, so that neither the weights nor the audio matter. What the device can do is measured:
+a matrix product gives its arithmetic, a copy its memory's bandwidth. What a step must read at least: the decoder's
+weights, the logits' matrix, and the keys and values of each row.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from statistics import median
 from typing import Any
 
 import torch
 
 from dawhisper.decoding import DecodingOptions, decode_windows, model_tokenizer
 from dawhisper.fast.cache import keeps_int8
+from dawhisper.fast.int8 import is_quantized
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.training.flops import forward_flops
-
-from .bench import matmul_flops
 
 SIZES = {
     "tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),
@@ -30,29 +29,33 @@ SIZES = {
     "large-v3": ModelDimensions(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 32),
     "turbo": ModelDimensions(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 4),
 }
-BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100": 2.0e12}  # bytes a second, by data sheet
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Times in milliseconds for the whole batch; shares of the device's peak, None where that is not known."""
+    """The stages of decoding a batch of 30 s windows, `tokens` each; times in milliseconds for the whole batch.
 
-    batch: int
+    encoder_share, step_share: of the device's arithmetic and of its bandwidth, both measured; the latter is None with
+    weights in int8, which are packed and don't tell their size.
+    """
+
+    windows: int
     tokens: int
-    encoder_ms: float
+    encode_ms: float
     prefill_ms: float  # cross-attention keys and values, the prompt, the first token
     step_ms: float  # each further token
-    encoder_share: float | None  # of the rate of `matrix_rate`; of a GPU
-    step_share: float | None  # of the memory's bandwidth
+    encoder_share: float
+    step_share: float | None
 
     @property
     def tokens_per_second(self) -> float:
         """Of decoding encoded windows."""
-        return 1e3 * self.batch * self.tokens / (self.prefill_ms + (self.tokens - 1) * self.step_ms)
+        return 1e3 * self.windows * self.tokens / (self.prefill_ms + (self.tokens - 1) * self.step_ms)
 
     @property
     def tokens_per_second_with_encoder(self) -> float:
-        return self.batch * self.tokens / (self.batch * self.tokens / self.tokens_per_second + self.encoder_ms / 1e3)
+        whole = self.encode_ms + self.prefill_ms + (self.tokens - 1) * self.step_ms
+        return 1e3 * self.windows * self.tokens / whole
 
 
 def random_model(size: str, dual: DualOptions | None, device: str, dtype: torch.dtype) -> Whisper:
@@ -61,8 +64,8 @@ def random_model(size: str, dual: DualOptions | None, device: str, dtype: torch.
         return Whisper(SIZES[size], dual).to(dtype).eval()
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The median time of a run, after one that is not counted."""
+def fastest(run: Callable[[], Any], device: torch.device, rounds: int = 3) -> float:
+    """Seconds of the fastest of some rounds, after one that does not count."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -70,48 +73,57 @@ def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> 
 
     run()
     times = []
-    for _ in range(repeats):
+    for _ in range(rounds):
         wait()
         started = time.perf_counter()
         run()
         wait()
         times.append(time.perf_counter() - started)
-    return 1e3 * median(times)
+    return min(times)
 
 
 @cache
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s that the device reaches in a bf16 matrix product."""
-    return matmul_flops(device, torch.bfloat16)
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a copy of 256 MB."""
+    source = torch.ones(64_000_000, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / fastest(lambda: target.copy_(source), device)
+
+
+@cache
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a square matrix product."""
+    n = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / fastest(lambda: a @ a, device)
 
 
 @torch.no_grad()
-def measure(model: Whisper, batch: int, tokens: int = 128, repeats: int = 3) -> Throughput:
+def measure(model: Whisper, windows: int, tokens: int = 128, rounds: int = 3) -> Throughput:
     """Decode a batch of 30 s windows greedily, `tokens` each."""
     dims, device = model.dims, model.device
-    mel = torch.randn(batch, dims.n_mels, 2 * dims.n_audio_ctx, device=device, dtype=model.dtype)
-    encoder_ms = milliseconds(lambda: model.encode(mel), device, repeats)
+    mel = torch.randn(windows, dims.n_mels, 2 * dims.n_audio_ctx, device=device, dtype=model.dtype)
+    encode = fastest(lambda: model.encode(mel), device, rounds)
     features = model.encode(mel)
     forced = DecodingOptions(language="en", without_timestamps=True, suppress_tokens=[model_tokenizer(model).eot])
 
-    def decode_ms(n: int) -> float:
+    def decode(n: int) -> float:
         options = replace(forced, sample_len=n)
         assert len(decode_windows(model, features, options)[0].tokens) == n
-        return milliseconds(lambda: decode_windows(model, features, options), device, repeats)
+        return fastest(lambda: decode_windows(model, features, options), device, rounds)
 
-    whole, prefill_ms = decode_ms(tokens), decode_ms(1)
-    step_ms = (whole - prefill_ms) / (tokens - 1)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    bandwidth = next((b for part, b in BANDWIDTH.items() if part in name), None)
-    encoder_flops = batch * forward_flops(replace(dims, n_text_layer=0), None, dims.n_audio_ctx, 0)
+    whole, prefill = decode(tokens), decode(1)
+    step = (whole - prefill) / (tokens - 1)
+    flops = windows * forward_flops(replace(dims, n_text_layer=0), None, dims.n_audio_ctx, 0)
+    read = None if is_quantized(model) else step_bytes(model, windows, tokens // 2)
     return Throughput(
-        batch,
-        tokens,
-        encoder_ms,
-        prefill_ms,
-        step_ms,
-        encoder_flops / (encoder_ms / 1e3) / matrix_rate(device) if device.type == "cuda" else None,
-        step_bytes(model, batch, tokens // 2) / (step_ms / 1e3) / bandwidth if bandwidth else None,
+        windows=windows,
+        tokens=tokens,
+        encode_ms=1e3 * encode,
+        prefill_ms=1e3 * prefill,
+        step_ms=1e3 * step,
+        encoder_share=flops / encode / matmul_flops(device, model.dtype),
+        step_share=None if read is None else read / step / copy_bandwidth(device),
     )
 
 

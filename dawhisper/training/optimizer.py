@@ -84,7 +84,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 class Average:
     """Exponential moving average of the weights; its model is the one to evaluate and to ship.
 
-    torch.optim.swa_utils.AveragedModel would forget the start at once: its first update is a copy.
+    torch.optim.swa_utils.AveragedModel does not do the same: its first update is a copy, and get_ema_multi_avg_fn has
+    one decay for all steps. To begin it later, with a decay of our own, takes more code than this.
     """
 
     def __init__(self, model: Whisper, decay: float):
