@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AudioError, OptionError
-from .media import Media, in_range, mix, opened, quiet_note, scale_of, to_float, unreadable
+from .media import Media, in_range, mix_channels, opened, quiet_note, scale_of, to_float, unreadable
 
 SAMPLE_RATE = 16000
 N_FFT = 400
@@ -266,7 +266,9 @@ def _from_array(source: Any) -> np.ndarray:
     notes: dict[str, None] = {}
     if several:
         channels = samples if np.argmin(samples.shape) == 0 else samples.T
-        samples = np.concatenate([mix(channels[:, i : i + MIXED], notes) for i in range(0, channels.shape[1], MIXED)])
+        samples = np.concatenate(
+            [mix_channels(channels[:, i : i + MIXED], notes) for i in range(0, channels.shape[1], MIXED)]
+        )
     if (scale := scale_of(samples)) != 1.0 or max(samples.max(), -samples.min()) > 1.0:
         samples = in_range(samples, scale, notes)
     if quiet := quiet_note(float(np.abs(samples).max())):

@@ -14,7 +14,7 @@ from typing import Any
 from .console import forgive_letters
 from .decoding import DecodingOptions
 from .errors import DawhisperError, OptionError, unforeseen
-from .options import Help, add_options, build, underlined
+from .options import Help, add_options, from_parsed, underlined
 from .transcription import TranscribeOptions
 
 INTERRUPTED = 1
@@ -95,7 +95,7 @@ COMMANDS = (
         prints=True,
     ),
     Command(
-        *("join", "data.join", "JoinOptions", "join", "windows of several clips, for training"),
+        *("join", "data.join", "JoinOptions", "join_clips", "windows of several clips, for training"),
         "Joins clips of one speaker, with pauses between them, into windows as they occur in long recordings; their "
         "manifest says when each is spoken.",
         prints=True,
@@ -159,9 +159,9 @@ def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
 def call(command: Command, args: dict[str, Any]) -> int:
     """Call the command's function with what was parsed; the exit code."""
     module = module_of(command)
-    function, options = getattr(module, command.function), build(getattr(module, command.options), args)
+    function, options = getattr(module, command.function), from_parsed(getattr(module, command.options), args)
     if command.name == "transcribe":
-        return function(options, build(module.WriterOptions, args), args, fail)
+        return function(options, from_parsed(module.WriterOptions, args), args, fail)
     result = function(options)
     if command.prints:
         print(*(result if isinstance(result, list) else [result]), sep="\n")

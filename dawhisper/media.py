@@ -240,7 +240,7 @@ class _Mixer:
         if not np.isfinite(channels).all():
             self.media.errors.append("NaN samples")
             channels = np.nan_to_num(channels, posinf=0.0, neginf=0.0)
-        mono = mix(channels, self.media.notes)
+        mono = mix_channels(channels, self.media.notes)
         self.media.scale = max(self.media.scale, scale_of(mono))
         mono = in_range(mono, self.media.scale, self.media.notes)
         self.media.peak = max(self.media.peak, float(np.abs(mono).max()))
@@ -345,7 +345,7 @@ def to_float(samples: np.ndarray) -> np.ndarray:
     raise TypeError(samples.dtype)
 
 
-def mix(channels: np.ndarray, notes: dict[str, None]) -> np.ndarray:
+def mix_channels(channels: np.ndarray, notes: dict[str, None]) -> np.ndarray:
     """[channels, n] -> their mean [n]; where they cancel each other, the loudest one."""
     if len(channels) == 1:
         return channels[0]

@@ -61,7 +61,7 @@ def shape(hint: Any) -> tuple[Callable[[str], Any], str | int | None]:
     return (optional(convert) if type(None) in options else convert), None
 
 
-def build(kind: type[T], args: dict[str, Any]) -> T:
+def from_parsed(kind: type[T], args: dict[str, Any]) -> T:
     """The dataclass from what was parsed; its options are taken out of `args`."""
     names = [one.name for one in dataclasses.fields(kind) if one.name in args]  # type: ignore[arg-type]
     append = {one.name for one in dataclasses.fields(kind) if one.metadata.get("append")}  # type: ignore[arg-type]

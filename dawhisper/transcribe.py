@@ -168,7 +168,7 @@ def iter_segments(model: Whisper, recording: OpenRecording, options: TranscribeO
         for seek, last in recording.clips:
             while seek < (end := min(last, recording.frames)):
                 window = Window(seek, min(N_FRAMES, end - seek))
-                split, result = hear(model, recording, window, options, prompt, last_speech)
+                split, result = hear_window(model, recording, window, options, prompt, last_speech)
                 recording.skipped.extend(split.skipped)
                 recording.n_best.extend(split.n_best)
                 if split.heard and result is not None:
@@ -185,7 +185,7 @@ def iter_segments(model: Whisper, recording: OpenRecording, options: TranscribeO
                 bar.update(min(seek, recording.frames) - window.seek)
 
 
-def hear(
+def hear_window(
     model: Whisper,
     recording: OpenRecording,
     window: Window,

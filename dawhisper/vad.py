@@ -22,8 +22,8 @@ VAD_FRAME = 512  # samples that the detector judges at once, 32 ms
 STEP = 5 * VAD_FRAME  # 160 ms
 BLOCK = 200 * STEP  # 32 s, read and judged at once
 CONTEXT = 8 * STEP  # the detector hears 1.3 s before a block again, to be settled when the block starts
-LONGEST = N_SAMPLES // STEP  # steps of a window: 29.92 s
-SHORTEST = 125  # steps, 20 s: before this a window is not cut where it could be longer
+LONGEST_WINDOW = N_SAMPLES // STEP  # steps of a window: 29.92 s
+SHORTEST_WINDOW = 125  # steps, 20 s: before this a window is not cut where it could be longer
 PAUSE = 0.3  # of 3.0: as little speech as this in 640 ms makes a pause
 
 THRESHOLD = 0.5  # probability from which on a step is speech
@@ -104,7 +104,7 @@ class _Buffer:
 
     def fill(self) -> bool:
         """Read on where there is too little; False at the end."""
-        while not self.ended and len(self.speech) <= LONGEST:
+        while not self.ended and len(self.speech) <= LONGEST_WINDOW:
             size = BLOCK if self.end is None else min(BLOCK, self.end - self.reader.position)
             block = self.reader.read(size)
             self.ended = len(block) < BLOCK
@@ -146,12 +146,12 @@ def _trailing_silence(speech: np.ndarray) -> int:
 
 def _window(speech: np.ndarray, ended: bool) -> int:
     """Steps of the next window: all that is left, or up to its latest pause, or else its quietest moment."""
-    if ended and len(speech) <= LONGEST:
+    if ended and len(speech) <= LONGEST_WINDOW:
         return len(speech)
     # how much speech there is around each border between two steps
-    around = np.convolve(speech[: LONGEST + 2], [0.5, 1.0, 1.0, 0.5], mode="valid")[SHORTEST - 2 :]
+    around = np.convolve(speech[: LONGEST_WINDOW + 2], [0.5, 1.0, 1.0, 0.5], mode="valid")[SHORTEST_WINDOW - 2 :]
     pauses = np.flatnonzero(around < PAUSE)
-    return SHORTEST + int(pauses[-1] if len(pauses) else around.argmin())
+    return SHORTEST_WINDOW + int(pauses[-1] if len(pauses) else around.argmin())
 
 
 @cache

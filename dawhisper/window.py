@@ -23,9 +23,9 @@ from .timing import TimedText, Word, add_word_times
 from .transcription import NBest, Recording, Segment, TranscribeOptions
 from .vad import Skip
 
-LATEST_START = 100  # frames, 1 s: Whisper says of no first words that they start later in a window
+LATEST_FIRST_WORD = 100  # frames, 1 s: Whisper says of no first words that they start later in a window
 BEFORE_SOUND = 10  # frames of silence that are left before a sound
-SHORTEST = 0.1  # seconds of a segment that the model put behind the recording's end
+SHORTEST_SEGMENT = 0.1  # seconds of a segment that the model put behind the recording's end
 PUNCTUATION = "\"'“¿([{-\"'.。,，!！?？:：”)]}、"
 
 
@@ -166,7 +166,7 @@ def without_silence(window: Window, silent: int) -> Split | None:
     """The window as one to be heard later, from where its sound starts; None where that is at its beginning."""
     if silent == window.size:
         return window.skip("digital silence")
-    if silent <= LATEST_START:
+    if silent <= LATEST_FIRST_WORD:
         return None
     resume = window.seek + silent - BEFORE_SOUND
     skip = Skip(window.start, resume / FRAMES_PER_SECOND, "digital silence")
@@ -325,7 +325,7 @@ def ended(segment: Segment, end: float, start: float) -> Segment:
     words = segment.words
     if words is not None:
         words = [replace(word, start=min(word.start, end), end=min(word.end, end)) for word in words]
-    begin = min(segment.start, max(start, end - SHORTEST)) if segment.start >= end else segment.start
+    begin = min(segment.start, max(start, end - SHORTEST_SEGMENT)) if segment.start >= end else segment.start
     return replace(segment, start=begin, end=end, words=words)
 
 

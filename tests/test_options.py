@@ -11,7 +11,7 @@ import pytest
 
 from dawhisper import cli
 from dawhisper.checkpoint import OWN_MODEL
-from dawhisper.options import add_options, build, option, underlined
+from dawhisper.options import add_options, from_parsed, option, underlined
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Asked:
 def parsed(*words: str) -> Asked:
     parser = argparse.ArgumentParser()
     add_options(parser, Asked)
-    return build(Asked, vars(parser.parse_args(underlined(words))))
+    return from_parsed(Asked, vars(parser.parse_args(underlined(words))))
 
 
 def test_words_become_options() -> None:

@@ -61,11 +61,11 @@ class JoinOptions:
                 raise OptionError(f"--{name} is {rule}, not {low} {high}")
 
 
-def join(options: JoinOptions) -> str:
+def join_clips(options: JoinOptions) -> str:
     """Write the windows; returns what was written. DataError where no clips can be joined."""
     report = Report()
     utterances = with_durations([u for path in options.manifests for u in read_manifest(path, report)])
-    windows = list(plan(utterances, options))
+    windows = list(plan_windows(utterances, options))
     if not windows:
         raise DataError(
             f"no {options.seconds[0]:g} s of one speaker in these {len(utterances)} clips with text: "
@@ -88,7 +88,7 @@ def join(options: JoinOptions) -> str:
     return f"{manifest}: {len(joined)} windows of {used} clips, {hours:.2f} h{skipped}"
 
 
-def plan(utterances: Sequence[Utterance], options: JoinOptions) -> Iterator[Clips]:
+def plan_windows(utterances: Sequence[Utterance], options: JoinOptions) -> Iterator[Clips]:
     """Windows of clips of one speaker, source and language, in their order. Each clip is used once at most."""
     rng = np.random.default_rng(options.seed)
     shortest, longest = options.seconds

@@ -81,7 +81,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         for name, known in (
             ("kind", ("speech", "noise", "rir")),
-            ("format", (None, *FORMATS)),
+            ("format", (None, *SOURCE_FORMATS)),
             ("shard_codec", SHARD_CODECS),
         ):
             if getattr(self, name) not in known:
@@ -153,7 +153,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     if options.kind != "speech" and form not in ("manifest", "table"):
         form = "folder"
     report = PrepareReport(str(source), form)
-    listed = list(FORMATS[form](source, options, report.dropped))
+    listed = list(SOURCE_FORMATS[form](source, options, report.dropped))
     out.mkdir(parents=True, exist_ok=True)
     items = _checked(_candidates(listed, options, report.dropped), options, report.dropped)
     if not items:
@@ -177,7 +177,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
 
 
 def detect_format(source: Path) -> str:
-    """Which of FORMATS a file or folder is."""
+    """Which of SOURCE_FORMATS a file or folder is."""
     if source.is_file():
         by_suffix = {".jsonl": "manifest", ".tar": "manifest", ".csv": "table", ".tsv": "table"}
         if source.suffix.lower() not in by_suffix:
@@ -384,7 +384,7 @@ def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Co
         yield replace(item, utterance=replace(item.utterance, start=start, end=end))
 
 
-FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[CorpusItem]]] = {
+SOURCE_FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[CorpusItem]]] = {
     "librispeech": _librispeech,
     "commonvoice": _common_voice,
     "fleurs": _fleurs,

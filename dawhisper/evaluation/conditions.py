@@ -92,7 +92,7 @@ class EvaluationItem:
 
     @property
     def seconds(self) -> float:
-        return self.utterance.duration or len(read(self)) / SAMPLE_RATE
+        return self.utterance.duration or len(read_samples(self)) / SAMPLE_RATE
 
 
 def read_items(manifests: Sequence[str | Path], language: str | None = None) -> list[list[EvaluationItem]]:
@@ -171,7 +171,7 @@ class Mixer:
             raise OptionError("the kind babble needs other utterances: give more manifests, or leave it out of --kinds")
 
     def __call__(self, item: EvaluationItem, condition: Condition) -> Mixture:
-        speech = torch.from_numpy(read(item))[None]  # [1, S]
+        speech = torch.from_numpy(read_samples(item))[None]  # [1, S]
         lengths = torch.tensor([speech.shape[1]])
         generator = self.generator(item, condition.kind)
         silence = torch.zeros_like(speech)
@@ -219,7 +219,7 @@ class Mixer:
         starts = torch.rand(len(order), generator=generator).tolist()
         total = torch.zeros(n_samples)
         for index, start in zip(order, starts):
-            voice = torch.from_numpy(read(others[index]))
+            voice = torch.from_numpy(read_samples(others[index]))
             power = active_power(voice[None], torch.tensor([len(voice)]))
             position = (torch.arange(n_samples) + int(start * len(voice))) % len(voice)
             total += voice[position] / power.sqrt().clamp(min=1e-5)
@@ -239,7 +239,7 @@ class Mixer:
         return tail
 
 
-def read(item: EvaluationItem) -> np.ndarray:
+def read_samples(item: EvaluationItem) -> np.ndarray:
     """The samples of an utterance, float32 [n]."""
     u = item.utterance
     return _read(u.audio, u.start or 0.0, u.end, u.offset, u.size)

@@ -31,7 +31,7 @@ PACKAGES = {  # of each back end: what is imported, what is installed
     "faster": ("faster_whisper", "faster-whisper"),
     "hf": ("transformers", "transformers"),
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EVALUATED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class HuggingFace:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
         self.processor: Any = WhisperProcessor.from_pretrained(spec.path)
-        model: Any = WhisperForConditionalGeneration.from_pretrained(spec.path, dtype=DTYPES[decoding.dtype])
+        model: Any = WhisperForConditionalGeneration.from_pretrained(spec.path, dtype=EVALUATED_DTYPES[decoding.dtype])
         self.model = model.to(device).eval()
         self.options: dict[str, Any] = {"num_beams": decoding.beam_size or 1, "do_sample": False}
         if decoding.fallback:

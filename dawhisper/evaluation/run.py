@@ -47,7 +47,7 @@ from .conditions import (
     write_wav,
 )
 from .gates import GateReading, read_gates, summarize
-from .recognizers import DTYPES, Decoding, ModelSpec, Ours, Recognizer
+from .recognizers import EVALUATED_DTYPES, Decoding, ModelSpec, Ours, Recognizer
 from .scores import Hypothesis, Scorer
 
 
@@ -107,8 +107,8 @@ class EvaluateOptions:
             value, least = getattr(self, name), int(name != "seed")
             if value is not None and value < least:
                 raise OptionError(f"{name} is at least {least}, not {value}")
-        if self.dtype is not None and self.dtype not in (*DTYPES, "int8"):
-            raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}, int8")
+        if self.dtype is not None and self.dtype not in (*EVALUATED_DTYPES, "int8"):
+            raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(EVALUATED_DTYPES)}, int8")
         if self.language not in (None, "auto"):
             language_code(str(self.language))
         metrics.normalizer(self.normalizer, None)
@@ -213,7 +213,9 @@ class Work:
     language: str | None
 
 
-def plan(items: Sequence[EvaluationItem], wanted: Sequence[Condition], detect: bool, batch_size: int) -> list[Work]:
+def plan_batches(
+    items: Sequence[EvaluationItem], wanted: Sequence[Condition], detect: bool, batch_size: int
+) -> list[Work]:
     """The batches of a model, of utterances of like length. They depend on nothing that is done already.
 
     detect: the model is not told the language.
@@ -249,7 +251,7 @@ def _evaluate(
     decoding = Decoding(options.beam_size, options.fallback, dtype)
     keys = Keys(spec, decoding, options, mixer)
     done = {h.key: replace(h, model=spec.label) for h in read_hypotheses(Path(options.out))}
-    batches = plan(items, wanted, options.language == "auto", options.batch_size)
+    batches = plan_batches(items, wanted, options.language == "auto", options.batch_size)
     mine = batches[world.rank :: world.size]
     missing = [work for work in (_missing(work, keys, done) for work in mine) if work.items]
     if missing:

@@ -45,7 +45,7 @@ def write_results(results: Results, folder: Path, plots: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tables = make_tables(results)
     text = "\n\n".join([heading(results), *map(as_text, tables)]) + "\n"
-    notes = draw(results, folder) if plots else []
+    notes = draw_results(results, folder) if plots else []
     print(text)
     for note in notes:
         print(note)
@@ -53,7 +53,7 @@ def write_results(results: Results, folder: Path, plots: bool = True) -> None:
     (folder / "results.txt").write_text(text, "utf-8")
     (folder / "results.md").write_text("\n\n".join([heading(results), *map(as_markdown, tables)]) + "\n", "utf-8")
     (folder / "results.csv").write_text(as_csv(results), "utf-8")
-    (folder / "results.json").write_text(json.dumps(as_json(results), ensure_ascii=False, indent=1) + "\n", "utf-8")
+    (folder / "results.json").write_text(json.dumps(all_values(results), ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def as_markdown(table: Table) -> str:
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
-def as_json(results: Results) -> dict[str, Any]:
+def all_values(results: Results) -> dict[str, Any]:
     """Everything, with every hypothesis; rates in percent, null for what is infinite or not a number."""
     return _plain(
         {
@@ -282,7 +282,7 @@ def _plain(x: Any) -> Any:
 # ---- plots --------------------------------------------------------------------------------------------------------
 
 
-def draw(results: Results, folder: Path) -> list[str]:
+def draw_results(results: Results, folder: Path) -> list[str]:
     """wer.png: word errors over SNR (`wer_figure`); gate_MODEL.png: the gate over SNR. Returns notes for the user."""
     try:
         from matplotlib.figure import Figure

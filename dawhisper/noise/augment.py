@@ -25,7 +25,7 @@ from dawhisper.errors import OptionError
 from .channels import band_limit, reverberate, telephone
 from .generators import COLOURS, MADE, babble, colored_noise, equalize
 from .mixing import Mixture, active_samples, frame_energy, length_mask, noise_gain, power_over
-from .random_numbers import draw, step_generator
+from .random_numbers import between, step_generator
 from .recordings import NoiseBank
 
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
@@ -207,8 +207,8 @@ class Augment:
         noisy = chosen["noise"] | only
         if not any(self._weights(batch)):
             noisy, only = torch.zeros_like(noisy), torch.zeros_like(only)
-        gain = 10 ** (draw(o.gain_db, batch, g) / 20) * touched + ~touched
-        snr = torch.where(chosen["mild"], draw(o.mild_snr, batch, g), draw(self.snr, batch, g))
+        gain = 10 ** (between(o.gain_db, batch, g) / 20) * touched + ~touched
+        snr = torch.where(chosen["mild"], between(o.mild_snr, batch, g), between(self.snr, batch, g))
 
         speech = audio.float() * onto(audio.device, gain)[:, None] * length_mask(lengths, audio.shape[-1])
         speech, lengths = self._speed(speech, lengths, chosen["speed"], g)
@@ -266,7 +266,7 @@ class Augment:
             return noise, kind
         chosen = torch.stack([noisy, noisy & second])
         drawn = torch.multinomial(weights, 2 * batch, replacement=True, generator=g).view(2, batch)
-        level = torch.stack([torch.ones(batch), 10 ** (draw((-10.0, 0.0), batch, g) / 20)])
+        level = torch.stack([torch.ones(batch), 10 ** (between((-10.0, 0.0), batch, g) / 20)])
         names = [[NOISE_KINDS[k] for k in one] for one in drawn.tolist()]
         for turn, row in torch.nonzero(chosen).tolist():
             kind[row] = f"{kind[row]}+{names[turn][row]}" if turn else names[turn][row]
@@ -308,7 +308,7 @@ class Augment:
         if not o.vary_prob:
             return self.noises.batch(count, n_samples, g)
         varied = torch.rand(count, generator=g) < o.vary_prob
-        speeds = torch.where(varied, draw(o.vary_speed, count, g), 1.0)
+        speeds = torch.where(varied, between(o.vary_speed, count, g), 1.0)
         noise = self.noises.batch(count, n_samples, g, speeds=speeds)
         return torch.where(onto(noise.device, varied)[:, None], equalize(noise, o.vary_db, g), noise)
 
@@ -325,7 +325,7 @@ class Augment:
         In place.
         """
         which = torch.randint(3, codec.shape, generator=g)
-        edge, ceiling = torch.rand(codec.shape, generator=g), draw((0.2, 0.9), len(clip), g)
+        edge, ceiling = torch.rand(codec.shape, generator=g), between((0.2, 0.9), len(clip), g)
         for k in range(3):
             index = torch.nonzero(codec & (which == k)).flatten()
             if not index.numel():

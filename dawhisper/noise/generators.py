@@ -15,7 +15,7 @@ from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
 from .mixing import frame_energy, unit_power
-from .random_numbers import draw, gaussian, seeds
+from .random_numbers import between, gaussian, seeds
 
 FFT_ROWS = 16
 SHAPE_KNOTS = 24  # of a random spectrum, evenly spaced over the mel scale
@@ -48,7 +48,7 @@ def shaped_noise(count: int, n_samples: int, generator: torch.Generator, device:
     A random smooth spectrum (knots with a deviation of 12 dB, over a slope of 0 to 2 times pink), a level that wanders
     (up to 10 dB, with a knot every 0.1 to 2 s), and in two of five a hum: harmonics of 25 to 400 Hz.
     """
-    exponent = draw((0.0, 2.0), count, generator)
+    exponent = between((0.0, 2.0), count, generator)
     noise = equalize(colored_noise((count, n_samples), exponent, generator, device), 12.0, generator)
     levels = onto(device, _hum_levels(count, generator))
     phases = onto(device, torch.rand(count, levels.shape[1], generator=generator))
@@ -83,14 +83,14 @@ def filtered(x: Tensor, response: Tensor) -> Tensor:
 def _hum_levels(count: int, generator: torch.Generator, harmonics: int = 12) -> Tensor:
     """Amplitudes of the harmonics of a hum beside noise of unit power, most often none at all. -> [count, harmonics]"""
     has = torch.rand(count, 1, generator=generator) < 0.4
-    level = 10 ** (draw((-15.0, 5.0), count, generator)[:, None] / 20)
+    level = 10 ** (between((-15.0, 5.0), count, generator)[:, None] / 20)
     each = torch.rand(count, harmonics, generator=generator) / (1 + torch.arange(harmonics)) ** 0.7
     return each * level * has
 
 
 def _wandering(count: int, n_samples: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
     """A gain that wanders between knots, linear in dB; -> [count, n_samples]"""
-    depth = draw((0.0, 5.0), count, generator)[:, None]
+    depth = between((0.0, 5.0), count, generator)[:, None]
     knots = onto(device, torch.randn(count, 512, generator=generator) * depth)
     period = onto(device, 0.1 * 20 ** torch.rand(count, 1, generator=generator))  # seconds between knots
     place = (torch.arange(n_samples, device=device) / SAMPLE_RATE / period) % 510

@@ -54,5 +54,6 @@ def gaussian(seeds: Tensor, n: int) -> Tensor:
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :n]
 
 
-def draw(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+def between(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """Uniform between the bounds, on the CPU -> float32 [count]"""
     return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(count, generator=generator)

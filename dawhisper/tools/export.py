@@ -37,8 +37,8 @@ from dawhisper.formats.onnx import CONFIG, FORMAT_VERSION, cross_names, load_onn
 from dawhisper.model import CrossMemory, Whisper, merge
 from dawhisper.options import option
 
-FORMATS = ("onnx", "torch")
-DTYPES = ("fp32", "fp16", "int8")
+EXPORT_FORMATS = ("onnx", "torch")
+EXPORT_DTYPES = ("fp32", "fp16", "int8")
 OPSET = 23  # the first with attention as one operator
 LARGE = 1_500_000_000  # bytes of weights beyond which they go beside the .onnx, which can't hold 2 GiB
 
@@ -54,12 +54,12 @@ class ExportOptions:
 
     out: str = option(help="folder for the graphs and config.json", metavar="DIR")
     model: str = option(OWN_MODEL, MODEL_HELP)
-    format: str = option("onnx", "of the graphs", choices=FORMATS)
-    dtype: str = option("fp32", "of the weights; int8 for ONNX only", choices=DTYPES)
+    format: str = option("onnx", "of the graphs", choices=EXPORT_FORMATS)
+    dtype: str = option("fp32", "of the weights; int8 for ONNX only", choices=EXPORT_DTYPES)
     check: Sequence[str] = option((), "recordings to compare the tokens with PyTorch's on", metavar="FILE")
 
     def __post_init__(self) -> None:
-        for name, known in (("format", FORMATS), ("dtype", DTYPES)):
+        for name, known in (("format", EXPORT_FORMATS), ("dtype", EXPORT_DTYPES)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.format == "torch" and (self.dtype == "int8" or self.check):

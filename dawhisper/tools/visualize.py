@@ -1,7 +1,7 @@
 """What a model heard, as one picture: spectrogram, words, the gate and both attention maps over one time axis.
 
-`look` gives the numbers, `write` their files: JSON, a page that can be zoomed (HTML, nothing is fetched), PNG, and
-a PNG of the gate alone.
+`look` gives the numbers, `write_views` their files: JSON, a page that can be zoomed (HTML, nothing is fetched), PNG,
+and a PNG of the gate alone.
 W words, T encoder positions of 20 ms, L decoder layers.
 """
 
@@ -38,9 +38,9 @@ from dawhisper.trace import Trace
 from dawhisper.training.losses import noise_dominance
 from dawhisper.transcription import TranscribeOptions
 
-FORMATS = ("html", "json", "png")
+PICTURE_FORMATS = ("html", "json", "png")
 GATE_ALONE = "gate.png"  # a fourth format, written where it is asked for
-FORMAT_VERSION = 1
+JSON_VERSION = 1
 SAME_SPEECH = 0.05  # correlation of a recording and its clean version: 0.3 at -10 dB, less where they don't belong
 
 
@@ -72,14 +72,14 @@ class VisualizeOptions:
     )
     device: str | None = option(None, DEVICE_HELP)
     output_dir: str = option(".", "folder for the outputs", short="-o")
-    output_format: str = option("all", "what is written", short="-f", choices=[*FORMATS, GATE_ALONE, "all"])
+    output_format: str = option("all", "what is written", short="-f", choices=[*PICTURE_FORMATS, GATE_ALONE, "all"])
 
     def __post_init__(self) -> None:
         if self.clean and self.noise:
             raise OptionError("clean and noise can't be given together: either the noise is in the recording, or not")
         if self.start < 0:
             raise OptionError(f"start is 0 or more seconds, not {self.start}")
-        formats = ("all", *FORMATS, GATE_ALONE)
+        formats = ("all", *PICTURE_FORMATS, GATE_ALONE)
         if self.output_format not in formats:
             raise OptionError(f"unknown format {self.output_format!r}; use {', '.join(formats)}")
 
@@ -136,7 +136,7 @@ def read_recordings(options: VisualizeOptions) -> list[tuple[str, np.ndarray, Te
         speech = clean * gain_of(clean, audio, options)
         return [(Path(options.clean).name, clean, None), (name, audio, noise_share(speech, audio - speech))]
     if options.noise:
-        mixed, noise = mix(audio, read(options.noise, 0.0), options.snr)
+        mixed, noise = mixed_at(audio, read(options.noise, 0.0), options.snr)
         title = f"{name} with {Path(options.noise).name} at {options.snr:g} dB"
         return [(name, audio, None), (title, mixed, noise_share(audio, noise))]
     return [(name, audio, None)]
@@ -156,7 +156,7 @@ def gain_of(clean: np.ndarray, noisy: np.ndarray, options: VisualizeOptions) -> 
     return product / power
 
 
-def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> tuple[np.ndarray, np.ndarray]:
+def mixed_at(speech: np.ndarray, noise: np.ndarray, snr: float) -> tuple[np.ndarray, np.ndarray]:
     """The mixture at `snr` dB and the noise in it, the noise repeated where it is too short."""
     if not noise.any():
         raise AudioError("the recording of noise is silent; give another one")
@@ -185,7 +185,7 @@ def look(model: Whisper, audio: np.ndarray, title: str, options: VisualizeOption
     """Hear up to 30 s of samples [n] and record what the decoder attended to; AudioError where no word is heard."""
     mel = log_mel_spectrogram(pad_or_trim(audio, N_SAMPLES), model.dims.n_mels, device=model.device)
     features = model.encode(mel[None].to(model.dtype))
-    language, tokens = hear(model, features, options)
+    language, tokens = text_tokens(model, features, options)
     tokenizer = model_tokenizer(model, language, "transcribe")
     positions = n_positions(len(audio))
     words, rows = spoken_words(model, tokenizer, tokens, features, positions)
@@ -207,7 +207,7 @@ def look(model: Whisper, audio: np.ndarray, title: str, options: VisualizeOption
     )
 
 
-def hear(model: Whisper, features: AudioFeatures, options: VisualizeOptions) -> tuple[str, list[int]]:
+def text_tokens(model: Whisper, features: AudioFeatures, options: VisualizeOptions) -> tuple[str, list[int]]:
     """The language and the text tokens: those heard greedily, or those of the text that is given."""
     if options.text is None:
         wanted = DecodingOptions(language=options.language, without_timestamps=True)
@@ -311,8 +311,8 @@ def how_to_read(views: Sequence[View]) -> list[str]:
 
 def write_views(views: Sequence[View], model: str, stem: Path, output_format: str = "all") -> list[Path]:
     """STEM.json, .html and .png, or one of them. Without matplotlib "all" leaves out the PNG; OptionError if asked."""
-    formats = FORMATS if output_format == "all" else (output_format,)
-    data = json.dumps(as_json(views, model), ensure_ascii=False, separators=(",", ":"))
+    formats = PICTURE_FORMATS if output_format == "all" else (output_format,)
+    data = json.dumps(view_values(views, model), ensure_ascii=False, separators=(",", ":"))
     written = []
     for name in formats:
         path = stem.with_name(f"{stem.name}.{name}")
@@ -322,7 +322,7 @@ def write_views(views: Sequence[View], model: str, stem: Path, output_format: st
             path.write_text(as_html(data), encoding="utf-8")
         else:
             try:
-                figure = draw_gates(views) if name == GATE_ALONE else draw(views, model)
+                figure = draw_gates(views) if name == GATE_ALONE else draw_views(views, model)
             except ModuleNotFoundError as e:
                 if output_format != "all":
                     raise OptionError(f"{name} needs {e.name}: pip install 'dawhisper[plot]'") from e
@@ -332,10 +332,10 @@ def write_views(views: Sequence[View], model: str, stem: Path, output_format: st
     return written
 
 
-def as_json(views: Sequence[View], model: str) -> dict[str, Any]:
+def view_values(views: Sequence[View], model: str) -> dict[str, Any]:
     """All that the pictures show; see `View`. Times are in seconds, spectrogram[0] is the lowest band."""
     return {
-        "format": FORMAT_VERSION,
+        "format": JSON_VERSION,
         "model": model,
         "frame_seconds": 1 / FRAMES_PER_SECOND,
         "position_seconds": 1 / TOKENS_PER_SECOND,
@@ -390,7 +390,7 @@ PRIMARY, SECOND, CHANGED = "#1f5fa8", "#d1590f", "#c8102e"  # the branches have 
 NOISE = "#3c3c3c"
 
 
-def draw(views: Sequence[View], model: str) -> Any:
+def draw_views(views: Sequence[View], model: str) -> Any:
     """A matplotlib Figure, a column for each view. ModuleNotFoundError without matplotlib."""
     from matplotlib.figure import Figure
 

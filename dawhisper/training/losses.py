@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dawhisper.audio import N_SAMPLES_PER_TOKEN, pad_or_trim
+from dawhisper.data.targets import IGNORE
 from dawhisper.noise.mixing import frame_energy
 
-IGNORE = -100  # a label without loss
 ROWS = 1024  # token positions whose distributions over the vocabulary are looked at together
 
 

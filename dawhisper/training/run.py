@@ -51,7 +51,7 @@ class Run:
         self.amp = autocast_dtype(loop.precision, world.device)
         set_numerics(recipe)
         resumed = find_snapshot(recipe, self.out)
-        self.model, self.teacher = build(recipe, world.device, self.amp)
+        self.model, self.teacher = build_models(recipe, world.device, self.amp)
         freeze(self.model, recipe.freeze)
         self.average = Average(self.model, recipe.optim.ema) if recipe.optim.ema else None
         self.student = Student(self.model, recipe.objective).to(world.device)
@@ -176,7 +176,7 @@ class Evaluator:
         return self.dev_set.evaluate(self.model)
 
 
-def build(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> tuple[Whisper, Teacher | None]:
+def build_models(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> tuple[Whisper, Teacher | None]:
     """The student's model and the frozen teacher, None where nothing asks for it."""
     o, options = recipe.objective, recipe.model
     model = load_model(options.name, device="cpu", dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dawhisper.cli import main
-from dawhisper.data.join import JoinOptions, join, plan
+from dawhisper.data.join import JoinOptions, join_clips, plan_windows
 from dawhisper.data.loader import make_loader
 from dawhisper.data.manifest import Report, Utterance, read_audio, read_manifest
 from dawhisper.data.targets import TargetOptions, Targets
@@ -47,7 +47,7 @@ def options(clips: Path, out: Path, **more: object) -> JoinOptions:
 
 def test_windows_are_of_one_speaker_and_hold_a_clip_once(clips: Path, tmp_path: Path) -> None:
     wanted = options(clips, tmp_path)
-    windows = list(plan(read_manifest(clips), wanted))
+    windows = list(plan_windows(read_manifest(clips), wanted))
     used = [u.audio for window in windows for u, _ in window]
     assert len(used) == len(set(used)) >= 14
     for window in windows:
@@ -55,14 +55,14 @@ def test_windows_are_of_one_speaker_and_hold_a_clip_once(clips: Path, tmp_path: 
         assert len({u.speaker for u, _ in window}) == 1
         assert window[0][1] == 0.0 and all(0.1 <= pause <= 0.8 for _, pause in window[1:])
         assert 4.0 <= sum(u.duration + pause for u, pause in window) <= 9.0
-    again = list(plan(read_manifest(clips), wanted))
-    assert again == windows != list(plan(read_manifest(clips), options(clips, tmp_path, seed=1)))
+    again = list(plan_windows(read_manifest(clips), wanted))
+    assert again == windows != list(plan_windows(read_manifest(clips), options(clips, tmp_path, seed=1)))
     mute = [Utterance(f"{i}.wav", duration=2.0, speaker="a") for i in range(9)]  # nothing known of what they say
-    assert not list(plan(mute, wanted))
+    assert not list(plan_windows(mute, wanted))
 
 
 def test_a_window_sounds_as_its_segments_say(clips: Path, tmp_path: Path) -> None:
-    said = join(options(clips, tmp_path))
+    said = join_clips(options(clips, tmp_path))
     windows = read_manifest(tmp_path)
     assert f"{len(windows)} windows of {sum(len(u.segments or ()) for u in windows)} clips" in said
     sound = {u.text: read_audio(u) for u in read_manifest(clips)}
@@ -87,7 +87,7 @@ def test_durations_that_are_left_out_and_the_longest_window(clips: Path, tmp_pat
     lines = [json.loads(line) for line in clips.read_text("utf-8").splitlines()]
     (clips.parent / "bare.jsonl").write_text("\n".join(json.dumps(x | {"duration": 0}) for x in lines), "utf-8")
     for name, source in (("bare", clips.parent / "bare.jsonl"), ("whole", clips)):
-        join(options(source, tmp_path / name))
+        join_clips(options(source, tmp_path / name))
     bare, whole = (read_manifest(tmp_path / name) for name in ("bare", "whole"))
     assert [u.segments for u in bare] == [u.segments for u in whole]
     lines = []
@@ -95,7 +95,7 @@ def test_durations_that_are_left_out_and_the_longest_window(clips: Path, tmp_pat
         write_clip(clips.parent / f"{speaker}.wav", seconds, 99)
         lines += [{"audio": f"{speaker}.wav", "duration": 15.0, "text": "Long.", "speaker": speaker}] * 2
     (clips.parent / "long.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    said = join(options(clips.parent / "long.jsonl", tmp_path / "long", seconds=(29.0, 30.0), pause=(0.0, 0.0)))
+    said = join_clips(options(clips.parent / "long.jsonl", tmp_path / "long", seconds=(29.0, 30.0), pause=(0.0, 0.0)))
     assert "1 longer than its manifest says" in said
     [window] = read_manifest(tmp_path / "long")
     assert (window.speaker, window.duration) == ("c", 30.0)
@@ -103,7 +103,7 @@ def test_durations_that_are_left_out_and_the_longest_window(clips: Path, tmp_pat
 
 
 def test_targets_have_a_stamp_at_each_border(clips: Path, tmp_path: Path) -> None:
-    join(options(clips, tmp_path))
+    join_clips(options(clips, tmp_path))
     u = read_manifest(tmp_path)[0]
     assert u.segments
     for labels, key in (("text", "text"), ("teacher", "teacher_text")):
@@ -122,7 +122,7 @@ def test_targets_have_a_stamp_at_each_border(clips: Path, tmp_path: Path) -> Non
 
 
 def test_another_speed_moves_all_stamps(clips: Path, tmp_path: Path) -> None:
-    join(options(clips, tmp_path))
+    join_clips(options(clips, tmp_path))
     batch = next(iter(make_loader(tmp_path, TargetOptions(timestamps=1.0), 4, workers=0)))
     first = batch.timestamp_begin
     faster = batch.retimed((batch.lengths / 1.25).long())
@@ -162,9 +162,9 @@ def test_bad_clips_and_options(clips: Path, tmp_path: Path, capsys: pytest.Captu
     lines[0]["audio"] = "gone.wav"
     bad = clips.parent / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    said = join(options(bad, tmp_path / "out"))
+    said = join_clips(options(bad, tmp_path / "out"))
     assert "1 skipped" in said
-    whole = join(options(clips, tmp_path / "whole"))
+    whole = join_clips(options(clips, tmp_path / "whole"))
     count = [int(text.split(" windows")[0].split()[-1]) for text in (said, whole)]
     assert count[0] == count[1] - 1
     with pytest.raises(OptionError, match="--seconds is two numbers from 0 to 30"):

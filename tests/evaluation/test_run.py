@@ -25,7 +25,7 @@ from dawhisper.evaluation import run as module
 from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, conditions, read_items, write_wav
 from dawhisper.evaluation.gates import noise_dominated, read_gates, summarize
 from dawhisper.evaluation.recognizers import ModelSpec, check_models, parse_models
-from dawhisper.evaluation.run import EvaluateOptions, evaluate, plan, read_hypotheses
+from dawhisper.evaluation.run import EvaluateOptions, evaluate, plan_batches, read_hypotheses
 from dawhisper.evaluation.scores import Hypothesis, Scorer
 from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
@@ -469,14 +469,14 @@ def test_plan_covers_everything_once(data: Path) -> None:
     items = items_of(data)
     long = replace(items[0], id="long", utterance=replace(items[0].utterance, duration=31.0))
     wanted = conditions(["clean", "white"], [0])
-    work = plan([*items, long], wanted, False, 2)
+    work = plan_batches([*items, long], wanted, False, 2)
     assert sorted((w.condition.name, i.id) for w in work for i in w.items) == sorted(
         (c.name, i.id) for c in wanted for i in [*items, long]
     )
     assert all(len(w.items) <= 2 and len({i.utterance.language for i in w.items}) == 1 for w in work)
     assert [len(w.items) for w in work if long in w.items] == [1, 1]
     assert {w.language for w in work} == {"en", "fr"}
-    assert {w.language for w in plan(items, wanted, True, 2)} == {None}
+    assert {w.language for w in plan_batches(items, wanted, True, 2)} == {None}
 
 
 def test_languages(data: Path, tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_languages(data: Path, tmp_path: Path) -> None:
     path = manifest(tmp_path, *({"audio": audio, "text": "the colour", "language": name} for name in names))
     [items] = read_items([path])
     assert [i.utterance.language for i in items] == ["en", "en", "fr", None, "tlh"]
-    assert [w.language for i in items for w in plan([i], [Condition("clean")], False, 1)] == [
+    assert [w.language for i in items for w in plan_batches([i], [Condition("clean")], False, 1)] == [
         "en",
         "en",
         "fr",

@@ -23,15 +23,15 @@ from dawhisper.timing import Word
 from dawhisper.tools.visualize import (
     View,
     VisualizeOptions,
-    as_json,
     changed_words,
-    draw,
     draw_gates,
+    draw_views,
     how_to_read,
     look,
-    mix,
+    mixed_at,
     n_positions,
     noise_share,
+    view_values,
 )
 from dawhisper.trace import Trace
 
@@ -96,7 +96,7 @@ def test_a_single_branch_has_one_map(dual: Whisper) -> None:
     view = seen(pair()[0])
     assert view.secondary is None
     assert view.gate is None
-    assert len(draw([view], "stock").axes) < len(draw([seen(dual)], "dual").axes)
+    assert len(draw_views([view], "stock").axes) < len(draw_views([seen(dual)], "dual").axes)
 
 
 def test_noise_is_found_where_it_was_put() -> None:
@@ -118,10 +118,10 @@ def test_words_heard_otherwise_are_marked(dual: Whisper) -> None:
     noisy = seen(dual, text="One too, three and four.")
     assert changed_words(noisy, clean) == {1, 3}
     assert not changed_words(clean, clean)
-    first, second = as_json([clean, noisy], "m")["views"]
+    first, second = view_values([clean, noisy], "m")["views"]
     assert [w["changed"] for w in second["words"]] == [False, True, False, True, False]
     assert not any(w["changed"] for w in first["words"])
-    panels = draw([clean, noisy], "m").axes
+    panels = draw_views([clean, noisy], "m").axes
     red = [t.get_text() for a in panels for t in a.get_yticklabels() if t.get_color() == "#c8102e"]
     assert red == ["too,", "and"] * 2  # beside both maps
 
@@ -163,7 +163,7 @@ def test_the_gate_alone(dual: Whisper) -> None:
 def test_mixtures_have_the_snr_asked_for() -> None:
     rng = np.random.default_rng(0)
     speech, other = (0.1 * rng.standard_normal(n).astype(np.float32) for n in (32000, 11000))
-    mixed, scaled = mix(speech, other, 6.0)
+    mixed, scaled = mixed_at(speech, other, 6.0)
     assert np.allclose(mixed, speech + scaled, atol=1e-6)
     assert 10 * np.log10((speech**2).mean() / (scaled**2).mean()) == pytest.approx(6.0, abs=0.1)
 
