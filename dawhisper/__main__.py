@@ -1,3 +1,4 @@
 from .cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # a process that main starts reads this file too
+    raise SystemExit(main())

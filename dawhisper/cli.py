@@ -6,12 +6,11 @@ import argparse
 import importlib
 import math
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .console import forgive_letters
+from .console import forgive_letters, warn_in_one_line
 from .decoding import DecodingOptions
 from .errors import DawhisperError, OptionError, unforeseen
 from .options import Help, add_options, from_parsed, underlined
@@ -106,7 +105,7 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dawhisper ARGV`; returns the exit code: 0 done, 1 something failed (said in one line), 2 wrong usage."""
     forgive_letters()
-    warnings.showwarning = _one_line_warning
+    warn_in_one_line()
     words = underlined(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="dawhisper", description="Speech recognition that keeps its head in noise.")
     parser.add_argument("--version", action="version", version=f"dawhisper {_version()}")
@@ -181,10 +180,6 @@ def check_numbers(args: dict[str, Any]) -> None:
 def fail(message: str, code: int = 1) -> int:
     print(f"dawhisper: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"dawhisper: warning: {message}", file=sys.stderr)
 
 
 def _version() -> str:

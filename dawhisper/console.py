@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 
 def show(text: str) -> None:
@@ -16,3 +18,12 @@ def forgive_letters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def warn_in_one_line() -> None:
+    """Let warnings say what they say, without the place in the code."""
+    warnings.showwarning = _one_line
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"dawhisper: warning: {message}", file=sys.stderr)

@@ -7,6 +7,7 @@ import torch
 from .errors import OptionError
 
 DEVICE_HELP = "cuda, mps or cpu; the best there is by default"
+DEVICES_HELP = f"{DEVICE_HELP}; cuda:0,cuda:1 or all: files are shared out among them"
 THREADS_HELP = "CPU threads; 0 lets torch choose"
 DTYPES = {
     "fp32": torch.float32,
@@ -32,6 +33,16 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError("device mps: torch finds none here; use cpu")
     return chosen
+
+
+def choose_devices(devices: str | None, local: int | None = None) -> list[str]:
+    """The devices of "cuda:0,cuda:1", of "all", or the best one; of several processes on a machine the `local`-th's."""
+    count = torch.cuda.device_count()
+    if devices is None and local is not None and count:
+        return [f"cuda:{local % count}"]
+    if devices == "all":
+        return [f"cuda:{i}" for i in range(count)] or [str(choose_device(None))]
+    return [str(choose_device(each)) for each in (devices.split(",") if devices else [None])]
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ MARKS = (  # byte order marks; that of UTF-16 begins that of UTF-32
 )
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
-    for name in "aac aif aiff amr au flac m4a mp3 mp4 oga ogg opus sph wav webm wma".split()  # noqa: SIM905
+    for name in (  # noqa: SIM905
+        "3gp aac ac3 aif aiff amr au avi caf flac flv m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg oga ogg ogv opus "
+        "sph w64 wav webm wma wmv"
+    ).split()
 )
 
 
@@ -35,9 +39,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def audio_files(folder: Path) -> list[Path]:
-    """All audio files below a folder, sorted."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
+def audio_files(folder: Path, recursive: bool = True) -> list[Path]:
+    """All audio and video files in a folder, and below it, sorted; hidden ones are left out."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(f for f in found if f.suffix.lower() in AUDIO_SUFFIXES and not f.name.startswith(".") and f.is_file())
 
 
 def writable_folder(folder: Path) -> None:
@@ -71,6 +76,31 @@ def reading_text(path: Path, encoding: str | None = None) -> Iterator[IO[str]]:
         name = "UTF-8" if known == "utf-8-sig" else known
         message = f"not {name} ({error.reason}); name its encoding, for example --encoding cp1252"
         raise DataError(f"{path}:{_undecodable_line(path, known)}: {message}") from None
+
+
+def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """The lines of a text file that are not empty."""
+    with reading_text(path, encoding) as file:
+        yield from (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip())
+
+
+def table_rows(
+    path: Path, delimiter: str, encoding: str | None = None, header: list[str] | None = None
+) -> Iterator[dict[str, str]]:
+    """Rows of a table as dicts; the header's names in lower case. In a tab-separated file quotes are plain letters."""
+    with reading_text(path, encoding) as file:
+        csv.field_size_limit(10_000_000)
+        if delimiter == "\t":
+            reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.reader(file, delimiter=delimiter)
+        names = header or [name.strip().lower() for name in next(reader, [])]
+        yield from (dict(zip(names, row)) for row in reader if any(row))
+
+
+def delimiter_of(path: Path, first: str) -> str:
+    """What separates the columns of a table, by its name and its first line."""
+    return "\t" if path.suffix.lower() == ".tsv" else max(",;|\t", key=first.count)
 
 
 def _undecodable_line(path: Path, encoding: str) -> int:

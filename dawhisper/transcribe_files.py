@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-import unicodedata
+import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .batched import BatchedRecording, iter_batched
+from .batched import READERS
+from .bulk.devices import share
+from .bulk.inputs import Input, find_inputs
+from .bulk.outcomes import Outcome, transcribe_inputs
+from .bulk.shards import Shard
+from .bulk.summary import Summary
 from .checkpoint import MODEL_HELP, OWN_MODEL, load_model
+from .console import show
 from .decoding import asked_language
-from .device import DEVICE_HELP, THREADS_HELP
-from .errors import DawhisperError, OptionError, unforeseen
-from .files import writable_folder
+from .device import DEVICES_HELP, THREADS_HELP, choose_devices
+from .errors import OptionError, unforeseen
+from .files import replacing, writable_folder
 from .hotwords import read_terms
 from .model import Whisper
 from .options import option
-from .transcribe import transcribe_lazily
-from .transcription import Segment, TranscribeOptions, Transcription, collect
+from .transcription import Settings, TranscribeOptions, Transcription
 from .writers import WRITERS
 
 SMALLEST_INCREMENT = 0.01  # of the temperature
@@ -59,10 +63,18 @@ class WriterOptions:
 class FilesOptions:
     """Which files are transcribed, by which model, and where the outputs go."""
 
-    audio: Sequence[str] = option(help="audio or video files", positional=True)
+    audio: Sequence[str] = option(
+        help="audio or video files, folders, globs, addresses, manifests (.jsonl, .csv, .tsv), lists (.txt); - is "
+        "standard input",
+        positional=True,
+    )
+    recursive: bool = option(False, "folders with those below them; outputs in a tree like theirs", flag=True)
+    skip_existing: bool = option(False, "leave out files whose outputs are there: go on after a stop", flag=True)
+    summary: str | None = option(None, "add a line of JSON for each file to this one", metavar="FILE")
+    shard: str | None = option(None, "do the Ith of N parts; auto: torchrun's or Slurm's", metavar="I/N")
     model: str = option(OWN_MODEL, MODEL_HELP)
     model_dir: str | None = option(None, "where downloaded models are kept; ~/.cache/whisper by default")
-    device: str | None = option(None, DEVICE_HELP)
+    device: str | None = option(None, DEVICES_HELP)
     fp16: bool = option(True, "compute in fp16 on a GPU; False in fp32 (a CPU always does)")
     dtype: str | None = option(
         None, "compute in this instead; int8 is fastest on a CPU", choices=["fp32", "fp16", "bf16", "int8"]
@@ -74,58 +86,110 @@ class FilesOptions:
     temperature_increment_on_fallback: float | None = option(0.2, "step of the fallback's retries")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the file at this place in the list; `interrupted` by Ctrl-C, with what was known until then."""
-
-    place: int
-    result: Transcription | None = None
-    error: Exception | None = None
-    interrupted: bool = False
-
-
 def transcribe_files(
     files: FilesOptions, writing: WriterOptions, options: dict[str, Any], report: Callable[[str], int]
 ) -> int:
     """Transcribe each file and write its outputs. A file that fails is reported and the others go on; returns 1 then.
 
     options: the arguments of `transcribe`, but for its temperatures. On Ctrl-C the outputs of what was transcribed so
-    far are written first.
+    far are written first, under names of their own.
     """
     writing.verify(options.get("word_timestamps", False))
     temperatures = fallback_temperatures(files.temperature, files.temperature_increment_on_fallback)
     options = {**options, "temperature": temperatures, "hotwords": read_terms(options.get("hotwords"))}
-    TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
-    options["language"] = asked_language(options.get("language"))
-    paths, output_dir = files.audio, Path(files.output_dir)
-    writable_folder(output_dir)
-    if files.threads:
-        torch.set_num_threads(files.threads)
-    model = load_model(files.model, files.device, files.dtype or (None if files.fp16 else "fp32"), files.model_dir)
-    model.decoder.int8_memory = files.int8_memory  # type: ignore[assignment]
-    options["language"] = usable_language(model, files.model, options.get("language"))
-    options["multilingual"] = bool(options.get("multilingual")) and model.is_multilingual
+    made = TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
+    shard = Shard.of(files.shard)
+    devices = choose_devices(files.device, shard.local)
+    writable_folder(Path(files.output_dir))
+    inputs = find_inputs(files.audio, files.recursive)
+    summary = Summary(Path(files.summary) if files.summary else None)
+    work = FilesWork(files, writing, made, len(devices))
 
-    failed, names = 0, output_names(paths)
-    outcomes = one_by_one if options.get("batch_size") is None else in_batches
-    for outcome in outcomes(model, paths, options):
-        path = paths[outcome.place]
-        if outcome.error is not None:
-            failed = report(described(outcome.error, path))
-        if outcome.result is not None:
-            try:
-                write_outputs(outcome.result, names[outcome.place], output_dir, writing)
-            except OSError as error:
-                failed = report(f"can't write the output of {path}: {error.strerror or error}")
-            except Exception as error:
-                failed = report(unforeseen(error, f"the output of {path}"))
-        if outcome.interrupted:
-            failed = report(f"interrupted in {path}; what was transcribed until then is in {output_dir}")
+    part = shard.part(inputs)
+    done = {item for item in part if files.skip_existing and work.is_done(item)}
+    for item in done:
+        summary.skip(item)
+    failed = 0
+    for outcome in work.on(devices, [item for item in part if item not in done]):
+        summary.add(outcome)
+        item = outcome.item
+        if outcome.error:
+            failed = report(outcome.error)
+        elif outcome.interrupted:
+            kept = work.folder / partial_name(item.output)
+            failed = report(f"interrupted in {item.label}; what was transcribed until then is in {kept}.*")
+        elif len(devices) > 1 and made.verbose:
+            show(f"{item.label}: {outcome.duration:.1f} s, {item.output}")
+    told = summary.close()
+    if len(inputs) > 1 or files.audio[0] != inputs[0].source:
+        print(told, file=sys.stderr)
     return failed
 
 
-def described(error: Exception, path: str) -> str:
-    return str(error) if isinstance(error, DawhisperError) else unforeseen(error, path)
+@dataclass(frozen=True)
+class FilesWork:
+    """What is done with each file, here or in the processes of several devices."""
+
+    files: FilesOptions
+    writing: WriterOptions
+    options: TranscribeOptions
+    processes: int = 1
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.files.output_dir)
+
+    def is_done(self, item: Input) -> bool:
+        """Whether all outputs of a file are there."""
+        return all(path.exists() for path in output_paths(item.output, self.folder, self.writing).values())
+
+    def on(self, devices: Sequence[str], inputs: Sequence[Input]) -> Iterator[Outcome]:
+        """What becomes of each file, once its outputs are written."""
+        if not inputs:
+            return
+        if len(devices) > 1:
+            yield from share(self, devices, inputs, READERS)
+        else:
+            yield from self.run(self.load(devices[0]), inputs)
+
+    def load(self, device: str) -> Whisper:
+        """The model on a device."""
+        files = self.files
+        if files.threads or self.processes > 1:
+            torch.set_num_threads(files.threads or max(1, torch.get_num_threads() // self.processes))
+        model = load_model(files.model, device, files.dtype or (None if files.fp16 else "fp32"), files.model_dir)
+        model.decoder.int8_memory = files.int8_memory  # type: ignore[assignment]
+        return model
+
+    def run(self, model: Whisper, inputs: Iterable[Input], readers: int | None = None) -> Iterator[Outcome]:
+        """What becomes of each file, once its outputs are written."""
+        language = usable_language(model, self.files.model, self.options.decoding.language)
+        options = Settings(language).over(self.options)
+        options = replace(options, multilingual=self.options.multilingual and model.is_multilingual)
+        if self.processes > 1:
+            options = replace(options, verbose=None)  # their lines would mix
+        for outcome in transcribe_inputs(model, inputs, options, readers):
+            yield self.written(outcome)
+
+    def written(self, outcome: Outcome) -> Outcome:
+        """The outcome, with what went wrong when its outputs were written."""
+        name, label = outcome.item.output, outcome.item.label
+        if outcome.result is None:
+            return outcome
+        try:
+            write_outputs(
+                outcome.result, partial_name(name) if outcome.interrupted else name, self.folder, self.writing
+            )
+        except OSError as error:
+            return replace(outcome, error=f"can't write the output of {label}: {error.strerror or error}")
+        except Exception as error:
+            return replace(outcome, error=unforeseen(error, f"the output of {label}"))
+        return outcome
+
+
+def partial_name(name: str) -> str:
+    """Of the outputs of a file that was not heard to its end; --skip_existing does not take them for the whole."""
+    return f"{name}.partial"
 
 
 def fallback_temperatures(temperature: float, increment: float | None) -> tuple[float, ...]:
@@ -148,89 +212,18 @@ def usable_language(model: Whisper, name: str, language: str | None) -> str | No
     return "en"
 
 
-def output_names(paths: Sequence[str]) -> list[str]:
-    """A name for each file's outputs: its stem, or where stems clash, more of its path.
-
-    Names that some disks take for the same, by case or by how an accent is written, are the same here too.
-    """
-    stems = Counter(alike(Path(path).stem) for path in paths)
-    names = Counter(alike(Path(path).name) for path in paths)
-    result: list[str] = []
-    taken: set[str] = set()
-    for given in paths:
-        path = Path(given)
-        name = path.stem if stems[alike(path.stem)] == 1 else path.name
-        if stems[alike(path.stem)] > 1 and names[alike(path.name)] > 1:
-            name = f"{path.absolute().parent.name}_{path.name}"
-        numbered = (f"{name}_{i}" for i in itertools.count(2))
-        free = next(n for n in itertools.chain([name], numbered) if alike(n) not in taken)
-        taken.add(alike(free))
-        result.append(free)
-    return result
-
-
-def alike(name: str) -> str:
-    """What names have in common that a disk may take for the same."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def one_by_one(model: Whisper, paths: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """Transcribe a file after the other."""
-    for place, path in enumerate(paths):
-        kept: list[Segment] = []
-        try:
-            segments, recording = transcribe_lazily(model, path, **options)
-            try:
-                for segment in segments:
-                    kept.append(segment)
-            except KeyboardInterrupt:
-                yield Outcome(place, collect(kept, recording), interrupted=True)
-                return
-            result = collect(kept, recording)
-        except BrokenPipeError:  # the reader of our output has gone
-            raise
-        except Exception as error:
-            yield Outcome(place, error=error)
-        else:
-            yield Outcome(place, result)
-
-
-def in_batches(model: Whisper, paths: Sequence[str], options: dict[str, Any]) -> Iterator[Outcome]:
-    """Transcribe the files in common batches; should one break its batch, those that are left follow one by one."""
-    made = TranscribeOptions.of(**options)
-    recordings = {place: BatchedRecording(path) for place, path in enumerate(paths)}
-    try:
-        yield from batch(model, recordings, made)
-    except BrokenPipeError:
-        raise
-    except Exception:
-        for place in list(recordings):
-            again = {place: BatchedRecording(paths[place])}
-            try:
-                yield from batch(model, again, made)
-            except Exception as error:
-                yield Outcome(place, error=error)
-
-
-def batch(model: Whisper, unfinished: dict[int, BatchedRecording], options: TranscribeOptions) -> Iterator[Outcome]:
-    """Transcribe recordings, of which those leave the table that are finished."""
-    places = {id(recording): place for place, recording in unfinished.items()}
-    try:
-        for recording, _ in iter_batched(model, list(unfinished.values()), options):
-            if recording.finished:
-                result = None if recording.error else recording.result()
-                place = places[id(recording)]
-                del unfinished[place]
-                yield Outcome(place, result, recording.error)
-    except KeyboardInterrupt:
-        heard = {place: recording for place, recording in unfinished.items() if recording.segments}
-        if not heard:
-            raise
-        for place, recording in heard.items():
-            yield Outcome(place, recording.result(), interrupted=True)
-
-
 def write_outputs(result: Transcription, name: str, output_dir: Path, writing: WriterOptions) -> None:
+    """Write a file's outputs, all of them or none."""
+    with ExitStack() as stack:
+        for output_format, path in output_paths(name, output_dir, writing).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = stack.enter_context(replacing(path))
+            with part.open("w", encoding="utf-8") as file:
+                writer = WRITERS[output_format](str(output_dir))
+                writer.write_result(result.to_dict(), file, **writing.lines())
+
+
+def output_paths(name: str, output_dir: Path, writing: WriterOptions) -> dict[str, Path]:
+    """Where a file's output in each format goes."""
     formats = WRITERS if writing.output_format == "all" else (writing.output_format,)
-    for output_format in formats:
-        WRITERS[output_format](str(output_dir))(result.to_dict(), f"{name}.audio", **writing.lines())
+    return {each: output_dir / f"{name}.{WRITERS[each].extension}" for each in formats}

@@ -125,6 +125,8 @@ class Settings:
         object.__setattr__(self, "language", asked_language(self.language))
         if self.task not in (None, "transcribe", "translate"):
             raise OptionError(f"unknown task {self.task!r}; use transcribe or translate")
+        if not isinstance(self.initial_prompt, (str, type(None))):
+            raise OptionError(f"a prompt is text, not {self.initial_prompt!r}")
         seek_points(self.clip_timestamps or "0")
 
     def over(self, options: TranscribeOptions) -> TranscribeOptions:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from helpers.sound import noise, write_wav
 
 import dawhisper.transcribe_files
 from dawhisper.media import Media
-from dawhisper.transcribe_files import WriterOptions, output_names, write_outputs
+from dawhisper.transcribe_files import WriterOptions, write_outputs
 from dawhisper.transcription import Segment, Transcription
+from dawhisper.writers import WRITERS
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +106,81 @@ def test_an_unforeseen_error_in_a_writer_is_one_line(
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["last.srt"]
 
 
+# ---- many files
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_tree_of_files_and_a_summary(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out, summary = tmp_path / "in", tmp_path / "out", tmp_path / "summary.jsonl"
+    (root / "sub").mkdir(parents=True)
+    write_wav(root / "a.wav", noise(2))
+    write_wav(root / "sub" / "a.wav", noise(3))
+    (root / "sub" / "bad.mp3").write_text("no sound")
+    call = ["transcribe", root, "--recursive", "--model", model, "-o", out, "-f", "txt", "--summary", summary]
+    assert run(*call, *QUICK, "--batch-size", 2, "--skip-existing") == 1
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.*")) == ["a.txt", "sub/a.txt"]
+    err = capsys.readouterr().err
+    assert "2 of 3 files done, 1 failed: 0.00 h of audio" in err and "times real time" in err
+    assert err.count("bad.mp3: ") == 2  # when it fails, and at the end
+    *each, end = lines(summary)
+    assert {(Path(line["audio"]).name, line["output"], line["status"], line["duration"]) for line in each} == {
+        ("a.wav", "a", "done", 2.0),
+        ("a.wav", "sub/a", "done", 3.0),
+        ("bad.mp3", "sub/bad", "failed", 0.0),
+    }
+    assert "bad.mp3: " in next(line["error"] for line in each if line["status"] == "failed")
+    assert (end["files"], end["done"], end["failed"], end["hours"]) == (3, 2, 1, round(5 / 3600, 4))
+
+    (root / "sub" / "bad.mp3").unlink()
+    (out / "sub" / "a.txt").unlink()
+    assert run(*call, *QUICK, "--skip-existing") == 0
+    assert "1 of 2 files done, 1 skipped" in capsys.readouterr().err
+    assert run(*call[:-4], *QUICK, "--skip-existing", "--model", tmp_path / "none", "-f", "txt") == 0  # nothing to load
+
+
+def test_each_file_as_its_row_says(model: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_wav(tmp_path / f"{name}.wav", noise(2))
+    table = tmp_path / "m.csv"
+    table.write_text("audio,language,name\na.wav,de,talks/first\nb.wav,,\n")
+    for number in (1, 2):
+        out = tmp_path / f"out{number}"
+        given = ["--model", model, "-o", out, "-f", "json", "--shard", f"{number}/2"]
+        assert run("transcribe", table, *given, *QUICK) == 0
+    assert json.loads((tmp_path / "out1/talks/first.json").read_text())["language"] == "de"
+    assert json.loads((tmp_path / "out2/b.json").read_text())["language"] == "en"
+    assert not (tmp_path / "out1/b.json").exists()
+
+
+def test_a_process_for_each_device(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(4):
+        write_wav(tmp_path / f"{i}.wav", noise(1 + i))
+    files = [tmp_path / f"{i}.wav" for i in range(4)]
+    given = ["--model", model, "-f", "txt", "--batch_size", 2, *QUICK[:-2]]
+    assert run("transcribe", *files, "none.wav", *given, "-o", tmp_path / "two", "--device", "cpu,cpu") == 1
+    captured = capsys.readouterr()
+    assert errors(captured.err) == ["dawhisper: error: none.wav: no such file; check the name and the folder"]
+    assert f"{files[3]}: 4.0 s, 3" in captured.out.splitlines()
+    assert run("transcribe", *files, *given, "-o", tmp_path / "one", "--device", "cpu") == 0
+    assert [p.name for p in sorted((tmp_path / "two").iterdir())] == [f"{i}.txt" for i in range(4)]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_text() == (tmp_path / "two" / path.name).read_text()
+
+
+def test_outputs_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("words")
+
+    monkeypatch.setattr(WRITERS["json"], "write_result", broken)  # the last of all formats
+    with pytest.raises(KeyError):
+        write_outputs(Transcription(" a", [segment(" a")], "en"), "sub/x", tmp_path, WriterOptions())
+    assert [p.name for p in tmp_path.rglob("*")] == ["sub"]
+
+
 # ---- outputs
-
-
-def test_names_never_collide_on_any_disk() -> None:
-    for paths in (
-        ["Talk.wav", "talk.WAV", "TALK.mp3"],
-        ["caf\u00e9.wav", "cafe\u0301.wav"],
-        ["a/x.wav", "b/x.wav", "a/x_2.wav", "x.wav", "x.wav"],
-        ["x.wav", "x.wav", "x_2.wav"],
-        ["x.mp3", "x.wav", "x.mp3.wav"],
-        ["stra\u00dfe.wav", "STRASSE.wav"],
-    ):
-        names = output_names(paths)
-        assert len({dawhisper.transcribe_files.alike(name) for name in names}) == len(paths), names
-    assert output_names(["a.wav", "b.mp3"]) == ["a", "b"]
 
 
 def test_text_is_escaped_in_vtt_alone(tmp_path: Path) -> None:

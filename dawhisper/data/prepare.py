@@ -7,7 +7,6 @@ named in the report. Results of the checks are kept in the output folder, so tha
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -25,7 +24,15 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE, from_int16
 from dawhisper.errors import DataError, OptionError
-from dawhisper.files import AUDIO_SUFFIXES, audio_files, reading_text, replacing, write_lines
+from dawhisper.files import (
+    AUDIO_SUFFIXES,
+    audio_files,
+    delimiter_of,
+    replacing,
+    table_rows,
+    text_lines,
+    write_lines,
+)
 from dawhisper.options import option
 
 from .manifest import (
@@ -203,7 +210,7 @@ def _librispeech(root: Path, options: PrepareOptions, report: Report) -> Iterato
         subset = transcript.parent.parent.parent.name
         official = next((s for s in SPLITS if subset.startswith(s)), None)
         files = {f.stem: f for f in transcript.parent.iterdir() if f.suffix.lower() in AUDIO_SUFFIXES}
-        for line in _lines(transcript, options.encoding):
+        for line in text_lines(transcript, options.encoding):
             name, _, text = line.partition(" ")
             audio = files.get(name, transcript.parent / f"{name}.flac")
             yield _item(audio, text, options.language or "en", f"libri-{speaker}", subset, official)
@@ -243,7 +250,7 @@ def _common_voice(root: Path, options: PrepareOptions, report: Report) -> Iterat
             if not (folder / f"{name}.tsv").is_file():
                 continue
             here: set[str] = set()
-            for row in _rows(folder / f"{name}.tsv", "\t", options.encoding):
+            for row in table_rows(folder / f"{name}.tsv", "\t", options.encoding):
                 speaker, path = row.get("client_id") or None, row.get("path") or ""
                 here.add(path)
                 if name in ("test", "dev"):
@@ -276,7 +283,7 @@ def _fleurs(root: Path, options: PrepareOptions, report: Report) -> Iterator[Cor
             if not (folder / f"{split}.tsv").is_file():
                 continue
             audio = _fleurs_audio(folder, split, Path(options.out), report)
-            for line in _lines(folder / f"{split}.tsv", options.encoding):
+            for line in text_lines(folder / f"{split}.tsv", options.encoding):
                 columns = line.split("\t")
                 text = columns[2] if len(columns) > 2 else None
                 file = audio / columns[1] if len(columns) > 1 else folder / f"{split}.tsv"
@@ -308,7 +315,7 @@ def _fleurs_audio(folder: Path, split: str, out: Path, report: Report) -> Path:
 
 def _ljspeech(root: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """metadata.csv (id|text|normalised text) and wavs/ID.wav"""
-    for line in _lines(root / "metadata.csv", options.encoding):
+    for line in text_lines(root / "metadata.csv", options.encoding):
         columns = line.split("|")
         text = columns[-1] if len(columns) > 1 else None
         yield _item(root / "wavs" / f"{columns[0]}.wav", text, options.language or "en", "ljspeech", "ljspeech")
@@ -323,7 +330,7 @@ def _folder(root: Path, options: PrepareOptions, report: Report) -> Iterator[Cor
             yield _item(file, None, None, None, below or root.name)
             continue
         beside = file.with_suffix(".txt")
-        text = "\n".join(_lines(beside, options.encoding)) if beside.is_file() else None
+        text = "\n".join(text_lines(beside, options.encoding)) if beside.is_file() else None
         yield _item(file, text, options.language, below, root.name)
 
 
@@ -348,8 +355,8 @@ COLUMNS = {
 
 def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """A CSV or TSV whose header names its columns (see COLUMNS), or without header: audio, text."""
-    first = next(_lines(source, options.encoding), "")
-    delimiter = "\t" if source.suffix.lower() == ".tsv" else max(",;|\t", key=first.count)
+    first = next(text_lines(source, options.encoding), "")
+    delimiter = delimiter_of(source, first)
     header = [name.strip().strip('"').lower() for name in first.split(delimiter)]
     named = {key: next((n for n in names if n in header), None) for key, names in COLUMNS.items()}
     if named["audio"] is None:
@@ -357,9 +364,9 @@ def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Co
             raise DataError(f"{source}: no column of audio files; name it one of {', '.join(COLUMNS['audio'])}")
         named = dict.fromkeys(COLUMNS) | {"audio": "0", "text": "1"}
         header = [str(k) for k in range(len(header))]
-        rows = _rows(source, delimiter, options.encoding, header)
+        rows = table_rows(source, delimiter, options.encoding, header)
     else:
-        rows = _rows(source, delimiter, options.encoding)
+        rows = table_rows(source, delimiter, options.encoding)
     for number, row in enumerate(rows, 1):
         cell = {key: (row.get(name) or "").strip() or None for key, name in named.items() if name}
         if not cell.get("audio"):
@@ -410,25 +417,6 @@ def _item(
 def _clean(text: str | None) -> str | None:
     """One line, single spaces; None stays None (no text is not an empty text)."""
     return None if text is None else " ".join(text.split())
-
-
-def _lines(path: Path, encoding: str | None) -> Iterator[str]:
-    with reading_text(path, encoding) as file:
-        yield from (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip())
-
-
-def _rows(
-    path: Path, delimiter: str, encoding: str | None, header: list[str] | None = None
-) -> Iterator[dict[str, str]]:
-    """Rows of a table as dicts; the header's names in lower case. In a tab-separated file quotes are plain letters."""
-    with reading_text(path, encoding) as file:
-        csv.field_size_limit(10_000_000)
-        if delimiter == "\t":
-            reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.reader(file, delimiter=delimiter)
-        names = header or [name.strip().lower() for name in next(reader, [])]
-        yield from (dict(zip(names, row)) for row in reader if any(row))
 
 
 # ---- checking -----------------------------------------------------------------------------------------------------
