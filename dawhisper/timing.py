@@ -127,10 +127,7 @@ def find_alignment(
 
 def add_word_times(
     segments: list[TimedText],
-    model: Whisper,
-    tokenizer: Tokenizer,
-    features: AudioFeatures,
-    num_frames: int,
+    alignment: list[Timing],
     time_offset: float,
     last_speech: float,
     prepend_punctuations: str,
@@ -138,10 +135,9 @@ def add_word_times(
 ) -> list[TimedText]:
     """Give the segments of one window their words, and fit the segments' own times to them.
 
-    time_offset: the window's start; last_speech: the end of the last word before it (seconds).
+    alignment: of the segments' tokens together, changed here; time_offset: the window's start; last_speech: the end of
+    the last word before it (seconds).
     """
-    text_tokens = [token for segment in segments for token in segment.tokens]
-    alignment = find_alignment(model, tokenizer, text_tokens, features, num_frames)
     durations = [t.end - t.start for t in alignment if t.end != t.start]
     median = min(0.7, float(np.median(durations))) if durations else 0.0
     if durations:

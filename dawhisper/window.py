@@ -19,7 +19,7 @@ from .audio import log_mel_spectrogram, pad_or_trim
 from .console import show
 from .decoding import Alternative, DecodingOptions, DecodingResult, decode_windows, detect_language, model_tokenizer
 from .model import AudioFeatures, Whisper
-from .timing import TimedText, Word, add_word_times
+from .timing import TimedText, Word, add_word_times, find_alignment
 from .transcription import NBest, Recording, Segment, TranscribeOptions
 from .vad import Skip
 
@@ -124,14 +124,25 @@ def split_window(
     options: TranscribeOptions,
     last_speech: float,
 ) -> Split:
-    """What a decoded window gave, with words where they are asked for."""
+    """What a decoded window gave, with words where they are asked for.
+
+    last_speech: the end of the last word before it, in seconds.
+    """
     if is_silence(model, result, options):
         return window.skip("no speech")
     tokenizer = model_tokenizer(model, result.language, options.decoding.task)
     split = split_segments(result, window, model, tokenizer, options.logprobs)
     if options.word_timestamps:
         features = AudioFeatures(*(x[None] for x in result.audio_features))
-        split = with_words(split, model, recording, tokenizer, features, window, last_speech, options)
+        texts = [timed_text(segment, tokenizer.eot) for segment in split.segments]
+        tokens = [token for text in texts for token in text.tokens]
+        alignment = find_alignment(model, tokenizer, tokens, features, window.size)
+        punctuations = options.prepend_punctuations, options.append_punctuations
+        timed = add_word_times(texts, alignment, window.start, last_speech, *punctuations)
+        threshold = options.hallucination_silence_threshold
+        split = with_words(split, timed, window, threshold)
+        if threshold is not None:
+            split = without_hallucinations(split, window, recording, last_speech, threshold)
     return replace(split, n_best=n_best_until(split.resume, result, window, model, tokenizer))
 
 
@@ -338,39 +349,17 @@ def last_word_end(segments: list[Segment], default: float) -> float:
     return ends[-1] if ends else segments[-1].end if segments else default
 
 
-def with_words(
-    split: Split,
-    model: Whisper,
-    recording: Recording,
-    tokenizer: Tokenizer,
-    features: AudioFeatures,
-    window: Window,
-    last_speech: float,
-    options: TranscribeOptions,
-) -> Split:
-    """Give the segments their words, go on after the last of them, and drop what is likely made up in silence."""
-    texts = [timed_text(segment, tokenizer.eot) for segment in split.segments]
-    timed = add_word_times(
-        texts,
-        model,
-        tokenizer,
-        features,
-        window.size,
-        window.start,
-        last_speech,
-        options.prepend_punctuations,
-        options.append_punctuations,
-    )
+def with_words(split: Split, timed: list[TimedText], window: Window, threshold: float | None) -> Split:
+    """Give the segments their words, and go on after the last of them, but not for `threshold` seconds or less."""
     segments = [replace(s, start=t.start, end=t.end, words=list(t.words)) for s, t in zip(split.segments, timed)]
     split = replace(split, segments=segments)
     spoken_until = last_word_end(segments, default=window.start)
-    threshold = options.hallucination_silence_threshold
     if not split.at_end and spoken_until > window.start:
         resume = round(spoken_until * FRAMES_PER_SECOND)
         if threshold is not None and window.end_of_30s - spoken_until <= threshold:
             resume = window.seek + window.size
         split = replace(split, resume=resume)
-    return split if threshold is None else without_hallucinations(split, window, recording, last_speech, threshold)
+    return split
 
 
 def timed_text(segment: Segment, eot: int) -> TimedText:
