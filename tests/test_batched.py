@@ -20,7 +20,6 @@ from dawhisper.audio import SampleReader, load_audio
 from dawhisper.batched import BatchedRecording, PendingWindow, Slot, iter_batched, read_together, settle
 from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
-from dawhisper.evaluation.metrics import count_words, normalizer
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.transcription import Settings, TranscribeOptions
 from dawhisper.vad import Chunk, Skip, cut
@@ -260,6 +259,9 @@ def test_recordings_of_two_languages_in_one_batch(monkeypatch: pytest.MonkeyPatc
 
 def test_real_speech_loses_no_words(base_path: Path, assets: Path) -> None:
     """base on 45 seconds: the asset clip again and again, with pauses of half a second to four."""
+    pytest.importorskip("jiwer")
+    from dawhisper.evaluation.metrics import count_words, normalizer
+
     model = dawhisper.load_model(base_path, device="cpu")
     clip = load_audio(assets / "speech.opus")
     parts: list[np.ndarray] = []

@@ -37,6 +37,7 @@ CODE = {
 }
 MODULES = {"openai-whisper": "whisper", "pyyaml": "yaml", "import-linter": "importlinter"}
 USED_BY_OTHERS = {
+    "onnxscript": "torch.onnx",
     "tensorboard": "torch.utils.tensorboard",
     "python-multipart": "fastapi reads uploads with it",
     "websockets": "uvicorn speaks with it",

@@ -115,11 +115,10 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
             raise OptionError(f"--model {spec.spec}: {PACKAGES[spec.backend][1]} has no int8; give --dtype fp32")
         if spec.backend:
             module, package = PACKAGES[spec.backend]
+            if spec.path == OWN_MODEL or spec.path.endswith(".safetensors"):
+                raise OptionError(f"--model {spec.spec}: {package} can't load {spec.path}; give --model {spec.path}")
             if importlib.util.find_spec(module) is None:
                 raise OptionError(f"--model {spec.spec} needs {package}, which is not installed: pip install {package}")
-            own = spec.path == OWN_MODEL or spec.path.endswith(".safetensors")
-            if own:
-                raise OptionError(f"--model {spec.spec}: {package} can't load {spec.path}; give --model {spec.path}")
         if spec.backend in ("", "openai") and spec.path not in available_models() and not Path(spec.path).exists():
             load_model(spec.path)  # raises: it knows what is near
         if spec.backend == "hf" and not Path(spec.path).is_dir():

@@ -12,6 +12,7 @@ and transcription then runs on them, except word times, which need the attention
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import tempfile
@@ -81,6 +82,8 @@ def export_files(options: ExportOptions) -> str:
 
 def export(model: Whisper, out: Path, format: str = "onnx", dtype: str = "fp32") -> None:
     """Write encoder and decoder into the folder. OptionError where a package for it is missing."""
+    if format == "onnx":
+        check_packages()
     made = _copy(model, torch.float16 if dtype == "fp16" else torch.float32)
     for name, program in programs(made, dtype == "int8").items():
         if format == "torch":
@@ -209,14 +212,18 @@ def programs(model: Whisper, int8: bool = False) -> dict[str, ExportedProgram]:
 # ---- ONNX ---------------------------------------------------------------------------------------------------------
 
 
+def check_packages() -> None:
+    """Raise for a package that ONNX needs, before tracing takes its time. Torch itself writes with onnxscript."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise OptionError(f"ONNX needs {name}, which is not installed: pip install 'dawhisper[export]'")
+
+
 def write_onnx(program: ExportedProgram, path: Path, int8: bool = False) -> None:
     """The program as an .onnx file, its weights beside it where they are large."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - what torch writes ONNX with
-        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-    except ModuleNotFoundError as e:
-        raise OptionError(f"ONNX needs {e.name}, which is not installed: pip install 'dawhisper[export]'") from e
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
     n_layer = (len(program.graph_signature.user_inputs) - 2) // 2 or len(program.graph_signature.user_outputs) // 2
     names = {
         "encoder": (["mel"], cross_names(n_layer)),
