@@ -1,9 +1,11 @@
 """The server under load, on 127.0.0.1: concurrent clips, malformed requests, slow clients, a kill and a restart.
 
     python benchmarks/server_load.py tiny.en.pt MANIFEST --clips 64 --malformed 1000
+    python benchmarks/server_load.py base.pt MANIFEST --batch_size 1 16 --repeat 2 --malformed 0
 
-Every clip is transcribed by its own request, all at once, and its text must be that of the clip alone (`transcribe`);
-the resident memory and open files of the server are read before and after the malformed requests.
+Every clip is transcribed by its own request, all at once, and its text is compared to that of the clip alone
+(`transcribe`); with each --batch_size, by a server started anew. The resident memory and open files of the last server
+are read before and after the malformed requests.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import random
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -27,9 +30,9 @@ import dawhisper
 PATH = "/v1/audio/transcriptions"
 
 
-def start(model: str, clips: int) -> tuple[subprocess.Popen[str], str]:
+def start(model: str, clips: int, batch_size: int) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "dawhisper", "serve", "--model", model, "--port", "0", "--max_queue", str(clips)]
-    command += ["--max_upload", "5", "--upload_timeout", "5"]
+    command += ["--max_upload", "5", "--upload_timeout", "5", "--batch_size", str(batch_size)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     return process, process.stdout.readline().split()[-1]
@@ -38,6 +41,25 @@ def start(model: str, clips: int) -> tuple[subprocess.Popen[str], str]:
 def post(url: str, clip: Path) -> httpx.Response:
     with clip.open("rb") as f:
         return httpx.post(url + PATH, files={"file": f}, data={"language": "en"}, timeout=600)
+
+
+def all_at_once(url: str, clips: list[Path], expected: list[str]) -> str:
+    """What became of a request for each clip, sent together."""
+    began = time.perf_counter()
+
+    def timed(clip: Path) -> tuple[httpx.Response, float]:
+        return post(url, clip), time.perf_counter() - began
+
+    with ThreadPoolExecutor(len(clips)) as pool:
+        answers = list(pool.map(timed, clips))
+    waits = [wait for _, wait in answers]
+    good = sum(answer.is_success for answer, _ in answers)
+    same = sum(a.is_success and a.json()["text"] == text for (a, _), text in zip(answers, expected))
+    middle, late = statistics.median(waits), statistics.quantiles(waits, n=20)[-1]
+    return (
+        f"{max(waits):.1f} s, {len(clips) / max(waits):.2f} answers a second, each after {middle:.1f} s in the median, "
+        f"{late:.1f} s at 95%; {good} answered, {same} with the same text"
+    )
 
 
 def usage(pid: int) -> tuple[float, int]:
@@ -94,6 +116,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
+    parser.add_argument("--repeat", type=int, default=1, help="times that each batch size is measured")
     parser.add_argument("--malformed", type=int, default=1000)
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.manifest.read_text().splitlines()[: min(args.clips, 256)]]
@@ -103,45 +127,50 @@ def main() -> None:
     expected = [model.transcribe(str(clip), language="en").text.strip() for clip in clips]
     print(f"{len(clips)} clips one after the other: {time.perf_counter() - began:.1f} s", flush=True)
 
-    process, url = start(args.model, len(clips))
-    try:
-        began = time.perf_counter()
-        with ThreadPoolExecutor(len(clips)) as pool:
-            answers = list(pool.map(lambda clip: post(url, clip), clips))
-        took = time.perf_counter() - began
-        good = [a.status_code == 200 for a in answers]
-        same = [a.is_success and a.json()["text"] == text for a, text in zip(answers, expected)]
-        print(f"at once through the server: {took:.1f} s, {sum(good)} answered, {sum(same)} with the same text")
+    measured = [size for size in args.batch_size for _ in range(args.repeat)]
+    for i, batch_size in enumerate(measured):
+        process, url = start(args.model, len(clips), batch_size)
+        try:
+            print(f"at once, --batch_size {batch_size}: {all_at_once(url, clips, expected)}", flush=True)
+            if args.malformed and i == len(measured) - 1:
+                mistreat(process, url, clips[0], args.malformed)
+        finally:
+            process.terminate()
+            process.wait(60)
+    if args.malformed:
+        process, url = start(args.model, len(clips), measured[-1])
+        try:
+            print(f"started again: {post(url, clips[0]).json()['text'] == expected[0]}")
+        finally:
+            process.terminate()
+            process.wait(60)
 
-        rng, whole = random.Random(0), clips[0].read_bytes()
-        statuses: dict[int, int] = {}
-        before = usage(process.pid)
-        slow = ThreadPoolExecutor(16)
-        dripped = [slow.submit(drip, url) for _ in range(16)]
-        with httpx.Client(base_url=url, timeout=60) as client:
-            for i in range(min(args.malformed, 10_000)):
-                if i % 20 == 0:
-                    begin(url).close()
-                body, headers = malformed(rng, whole)
-                status = client.post(PATH, content=body, headers=headers).status_code
-                statuses[status] = statuses.get(status, 0) + 1
-        slow_statuses = sorted({future.result() for future in dripped})
-        time.sleep(1)
-        after = usage(process.pid)
-        print(f"{args.malformed} malformed requests: statuses {statuses}; slow clients: {slow_statuses}")
-        print(f"memory {before[0]:.0f} -> {after[0]:.0f} MB, open files {before[1]} -> {after[1]}")
 
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(post, url, clips[0])
-            time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-            process.wait(30)
-            print(f"killed during work: the client gets {type(running.exception(60)).__name__}")
-        process, url = start(args.model, len(clips))
-        print(f"started again: {post(url, clips[0]).json()['text'] == expected[0]}")
-    finally:
-        process.terminate()
-        process.wait(60)
+def mistreat(process: subprocess.Popen[str], url: str, clip: Path, malformed_requests: int) -> None:
+    """Malformed requests, slow clients, and a kill in the middle of work."""
+    rng, whole = random.Random(0), clip.read_bytes()
+    statuses: dict[int, int] = {}
+    before = usage(process.pid)
+    slow = ThreadPoolExecutor(16)
+    dripped = [slow.submit(drip, url) for _ in range(16)]
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for i in range(malformed_requests):
+            if i % 20 == 0:
+                begin(url).close()
+            body, headers = malformed(rng, whole)
+            status = client.post(PATH, content=body, headers=headers).status_code
+            statuses[status] = statuses.get(status, 0) + 1
+    slow_statuses = sorted({future.result() for future in dripped})
+    time.sleep(1)
+    after = usage(process.pid)
+    print(f"{malformed_requests} malformed requests: statuses {statuses}; slow clients: {slow_statuses}")
+    print(f"memory {before[0]:.0f} -> {after[0]:.0f} MB, open files {before[1]} -> {after[1]}")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, url, clip)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        print(f"killed during work: the client gets {type(running.exception(60)).__name__}")
 
 
 if __name__ == "__main__":
