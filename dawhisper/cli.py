@@ -42,9 +42,9 @@ COMMANDS = (
         "Ctrl-C ends it.",
     ),
     Command(
-        *("serve", "serve.app", "ServerOptions", "serve", "OpenAI's audio API, live audio and a page to try them"),
-        "Serves /v1/audio/transcriptions and /v1/audio/translations as OpenAI does, live audio on the WebSocket "
-        "/v1/audio/live, a page on /, /health and /metrics. SIGTERM or Ctrl-C finishes what runs.",
+        *("serve", "serve.server", "ServerOptions", "serve", "OpenAI's audio API, live audio and a page to try them"),
+        "Serves /v1/audio/transcriptions, /v1/audio/translations and the WebSocket /v1/realtime as OpenAI does, a page "
+        "on /, /docs, /health and /metrics. SIGTERM or Ctrl-C finishes what runs.",
         extra="serve",
     ),
     Command(

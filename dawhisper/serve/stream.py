@@ -48,7 +48,7 @@ class StreamOptions:
     language: code, tag or English name; None detects it until the first word is final. task: as of DecodingOptions.
     initial_prompt: text before the first word. policy, margin: see the module.
     step: seconds of new audio between two decodings. silence: seconds of pause that end a turn.
-    longest: seconds of audio that are decoded again; what is before them is final.
+    longest: seconds of audio that are decoded again; what is before them is final. threshold: of the detector.
     """
 
     language: str | None = option(None, "language spoken, by code or English name; found out by default")
@@ -59,6 +59,7 @@ class StreamOptions:
     margin: float = option(0.5, "of the policy attention: seconds that must follow a final word")
     silence: float = option(0.8, "seconds of pause that end a turn")
     longest: float = option(15.0, "seconds of audio that are decoded again")
+    threshold: float = option(vad.THRESHOLD, "probability from which on sound counts as speech")
 
     def __post_init__(self) -> None:
         if self.policy not in ("attention", "agreement"):
@@ -68,6 +69,8 @@ class StreamOptions:
         for name, low, high in (("step", 0.1, 5), ("margin", 0, 5), ("silence", 0.2, 5), ("longest", 5, 20)):
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} lies between {low} and {high} seconds, not {getattr(self, name)}")
+        if not 0 < self.threshold < 1:
+            raise OptionError(f"threshold lies between 0 and 1, not {self.threshold}")
         object.__setattr__(self, "language", asked_language(self.language))
 
 
@@ -80,16 +83,21 @@ class LiveWord(Word):
 
 @dataclass(frozen=True)
 class Update:
-    """What a piece of audio brought: words that are final now, the text after them that is not, closed segments."""
+    """What a piece of audio brought: words that are final now, the text after them that is not, closed segments.
+
+    speech_start: where the speech of the turn starts, in seconds; None where nobody has spoken in it.
+    """
 
     words: list[LiveWord] = field(default_factory=list)
     pending: str = ""
     segments: list[Segment] = field(default_factory=list)
     end_of_turn: bool = False
+    speech_start: float | None = None
 
     def __add__(self, later: Update) -> Update:
         words, segments = self.words + later.words, self.segments + later.segments
-        return Update(words, later.pending, segments, self.end_of_turn or later.end_of_turn)
+        start = later.speech_start if self.speech_start is None else self.speech_start
+        return Update(words, later.pending, segments, self.end_of_turn or later.end_of_turn, start)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ class Stream:
         self.previous: list[LiveWord] = []  # the last hypothesis
         self.open: list[LiveWord] = []  # words of the segment that is not closed
         self.closed = 0  # segments
+        self.turn: float | None = None  # where the speech of the open turn starts, in seconds
 
     @property
     def now(self) -> float:
@@ -138,7 +147,7 @@ class Stream:
             self.fresh += len(piece)
             if self.wanted <= 0:
                 update += self._listen()
-        return update
+        return update + Update(pending=update.pending, speech_start=self.turn)
 
     @property
     def wanted(self) -> int:
@@ -151,8 +160,8 @@ class Stream:
         """The rest of the words; the stream can be fed on afterwards."""
         if len(self.buffer) < SHORTEST * SAMPLE_RATE and not self.final:
             self._forget(len(self.buffer))
-            return Update(segments=self._close(), end_of_turn=True)
-        return self._end_turn(self._decode())
+            return self._turn_ended(Update(segments=self._close()))
+        return self._end_turn(self._decode(last=True))
 
     def _listen(self) -> Update:
         paused = not self._speaks(self.options.silence)
@@ -160,7 +169,10 @@ class Stream:
             self._forget(len(self.buffer) - round(SHORTEST * SAMPLE_RATE))  # a word's soft beginning may be in it
             self.fresh = 0
             return Update()
-        hypothesis = self._decode()
+        if self.turn is None:
+            frames = vad.detector()(self.buffer) >= self.options.threshold
+            self.turn = self.start / SAMPLE_RATE + int(frames.argmax()) * vad.VAD_FRAME / SAMPLE_RATE
+        hypothesis = self._decode(last=paused)
         if paused:
             return self._end_turn(hypothesis)
         # nobody is shown a doubtful text; the one before it stays until there is a better one
@@ -173,10 +185,10 @@ class Stream:
         """Whether somebody speaks in the last seconds (5 ms of work for 1 s, 30 ms for 15 s)."""
         n = round(seconds * SAMPLE_RATE)
         speech = vad.detector()(self.buffer[-(n + vad.CONTEXT) :])
-        return bool((speech[-(n // vad.VAD_FRAME) :] >= vad.THRESHOLD).any())
+        return bool((speech[-(n // vad.VAD_FRAME) :] >= self.options.threshold).any())
 
-    def _decode(self) -> LiveHypothesis:
-        """Decode what follows the final words of the buffer."""
+    def _decode(self, last: bool = False) -> LiveHypothesis:
+        """Decode what follows the final words of the buffer; where it is the `last` time, as well as can be."""
         self.fresh = 0
         model, n = self.model, len(self.buffer)
         mel = log_mel_spectrogram(pad_or_trim(self.buffer, max(n, SAMPLE_RATE)), model.dims.n_mels, device=model.device)
@@ -193,9 +205,27 @@ class Stream:
             suppress_blank=not prefix,  # that rule demands a word, but there may be no further one
         )
         result = decode_windows(model, features, options)[0]
-        if len(result.tokens) == longest or self._is_doubtful(result):
-            return LiveHypothesis([], result, doubtful=True)
-        return LiveHypothesis(self._timed(prefix, result, features), result, doubtful=False)
+        doubtful = self._is_doubtful(result, longest)
+        if doubtful and last:
+            result, doubtful = self._decode_otherwise(features, options, result, longest)
+        return LiveHypothesis([] if doubtful else self._timed(prefix, result, features), result, doubtful)
+
+    def _decode_otherwise(
+        self, features: AudioFeatures, options: DecodingOptions, result: DecodingResult, longest: int
+    ) -> tuple[DecodingResult, bool]:
+        """Where nothing more will be heard: higher temperatures, as offline, and at last the likeliest of these texts.
+
+        None that loops, and nothing where nobody speaks.
+        """
+        tried = [result]
+        for temperature in self.thresholds.temperatures()[1:]:
+            if self._is_silence(tried[-1]):
+                return tried[-1], True
+            tried += decode_windows(self.model, features, replace(options, temperature=temperature))
+            if not self._is_doubtful(tried[-1], longest):
+                return tried[-1], False
+        usable = [r for r in tried if not (self._loops(r, longest) or self._is_silence(r))]
+        return (max(usable, key=lambda r: r.avg_logprob), False) if usable else (result, True)
 
     def _most_tokens(self) -> int:
         """How many tokens can have been said after the final words: without an end a loop takes seconds."""
@@ -205,7 +235,8 @@ class Stream:
     def _timed(self, prefix: list[int], result: DecodingResult, features: AudioFeatures) -> list[LiveWord]:
         """The words after the prefix with their times, gates and tokens."""
         tokenizer = model_tokenizer(self.model, result.language, self.options.task)
-        tokens = prefix + [token for token in result.tokens if token < tokenizer.eot]
+        text = [(token, p) for token, p in zip(result.tokens, result.logprobs) if token < tokenizer.eot]
+        tokens, logprobs = prefix + [token for token, _ in text], [p for _, p in text]
         frames = min(N_FRAMES, len(self.buffer) // HOP_LENGTH)
         new: list[Timing] = []
         taken = 0
@@ -223,8 +254,9 @@ class Stream:
             if not timing.tokens:
                 continue
             start, end = (min(round(origin + t, 2), self.now) for t in (timing.start, timing.end))
-            said = tuple(timing.tokens)
-            words.append(LiveWord(timing.word, start, end, timing.probability, timing.gate, tokens=said))
+            n, of = len(timing.tokens), (timing.word, start, end, timing.probability, timing.gate)
+            words.append(LiveWord(*of, logprobs=logprobs[:n], tokens=tuple(timing.tokens)))
+            logprobs = logprobs[n:]
         return words
 
     def _stable(self, hypothesis: LiveHypothesis) -> int:
@@ -238,13 +270,17 @@ class Stream:
         same = [a.word == b.word for a, b in zip(words, before)]
         return same.index(False) if False in same else len(same)
 
-    def _is_doubtful(self, result: DecodingResult) -> bool:
+    def _is_doubtful(self, result: DecodingResult, longest: int) -> bool:
         """Whether the text repeats itself or the final words, is unlikely, or stands for silence."""
-        if needs_fallback(self.model, result, self.thresholds):
-            return True
-        whole = text_of(self.final) + result.text
-        if exceeds(compression_ratio(whole), self.thresholds.compression_ratio_threshold):
-            return True
+        unsure = needs_fallback(self.model, result, self.thresholds)
+        return unsure or self._loops(result, longest) or self._is_silence(result)
+
+    def _loops(self, result: DecodingResult, longest: int) -> bool:
+        """Whether the text repeats itself or the final words, or has not ended after as much as can be said."""
+        repeats = max(result.compression_ratio, compression_ratio(text_of(self.final) + result.text))
+        return len(result.tokens) >= longest or exceeds(repeats, self.thresholds.compression_ratio_threshold)
+
+    def _is_silence(self, result: DecodingResult) -> bool:
         return not self.final and is_silence(self.model, result, self.thresholds)
 
     def _commit(self, hypothesis: LiveHypothesis, n: int) -> Update:
@@ -266,7 +302,11 @@ class Stream:
         self._remember(self.final)
         self.final, self.previous = [], []
         self._forget(len(self.buffer))
-        return update + Update(segments=self._close(hypothesis.result), end_of_turn=True)
+        return self._turn_ended(update + Update(segments=self._close(hypothesis.result)))
+
+    def _turn_ended(self, update: Update) -> Update:
+        start, self.turn = self.turn, None
+        return replace(update, end_of_turn=True, speech_start=start)
 
     def _close(self, result: DecodingResult | None = None) -> list[Segment]:
         """The open words as a segment; its probabilities are those of the last decoding."""
@@ -283,6 +323,7 @@ class Stream:
                 end=words[-1].end,
                 text=text_of(words),
                 tokens=[token for word in words for token in word.tokens],
+                logprobs=[logprob for word in words for logprob in word.logprobs or []],
                 temperature=0.0,
                 avg_logprob=result.avg_logprob if result else nan,
                 compression_ratio=result.compression_ratio if result else nan,
@@ -352,7 +393,7 @@ def as_dict(update: Update) -> dict[str, Any]:
     """For JSON: words with their times, and segments without their tokens."""
 
     def word(w: Word) -> dict[str, Any]:
-        return {k: v for k, v in asdict(w).items() if k != "tokens" and v is not None}
+        return {k: v for k, v in asdict(w).items() if k not in ("tokens", "logprobs") and v is not None}
 
     return {
         "words": [word(w) for w in update.words],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -84,17 +85,22 @@ class Queued:
 
     work: TranscriptionTask | Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
 
 
 class Engine:
-    """The models, the queue and the worker. `close` finishes what waits, then ends the thread."""
+    """The models, the queue and the worker. `close` finishes what waits, then ends the thread.
+
+    on_batch: called in the worker's thread with the model's name and how many seconds each clip has waited, when clips
+    begin to be decoded together.
+    """
 
     def __init__(
         self,
         models: dict[str, Whisper],
         batch_size: int = 8,
         max_queue: int = 64,
-        on_batch: Callable[[int], None] = lambda size: None,
+        on_batch: Callable[[str, list[float]], None] = lambda model, waited: None,
     ):
         self.models, self.batch_size, self.max_queue, self.on_batch = models, batch_size, max_queue, on_batch
         self.jobs: deque[Queued] = deque()
@@ -131,6 +137,8 @@ class Engine:
         while jobs := self._take():
             running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             clips = [job.work for job in running if isinstance(job.work, TranscriptionTask)]
+            if clips:
+                self.on_batch(clips[0].model, [time.monotonic() - job.since for job in running])
             if len(clips) > 1:
                 self._run_together(running, clips)
             else:
@@ -168,7 +176,6 @@ class Engine:
             results = transcribe_together(self.models[clips[0].model], [c.samples for c in clips], clips[0].options)
         except Exception:  # whose fault it is shows alone
             results = [None] * len(jobs)
-        self.on_batch(len(jobs))
         for job, result in zip(jobs, results):
             if result is None:
                 self._run(job)
@@ -176,7 +183,6 @@ class Engine:
                 job.future.set_result(result)
 
     def _alone(self, clip: TranscriptionTask) -> Transcription:
-        self.on_batch(1)
         model = self.models[clip.model]
         if clip.stopped.is_set():
             raise Stopped

@@ -16,12 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from dawhisper.model import Whisper
-from dawhisper.serve.app import Server, ServerOptions, Service, create_app
+from dawhisper.serve.app import create_app
+from dawhisper.serve.options import ServerOptions
+from dawhisper.serve.server import Server
+from dawhisper.serve.service import Service
 from dawhisper.serve.worker import Engine, TranscriptionTask
 
+PATH = "/v1/audio/transcriptions"
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'  # of a form
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -94,3 +100,21 @@ def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
         f.setframerate(rate)
         f.writeframes((samples * 32767).astype("<i2").tobytes())
     return out.getvalue()
+
+
+def pcm(samples: np.ndarray) -> bytes:
+    return (samples * 32767).astype("<i2").tobytes()
+
+
+def sound(seed: int, seconds: float = 2.0) -> np.ndarray:
+    """Different for each seed, so that a mix-up shows."""
+    generator = np.random.default_rng(seed)
+    t = np.arange(int(16000 * seconds)) / 16000
+    return (0.3 * np.sin(2 * np.pi * generator.uniform(100, 3000) * t) + 0.05 * generator.normal(size=len(t))).astype(
+        np.float32
+    )
+
+
+def post(server: Running, file: object = None, **fields: object) -> httpx.Response:
+    files = {"file": file if file is not None else ("a.wav", wav(sound(0)))}
+    return httpx.post(server.url + PATH, files=files, data=fields, timeout=60)  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ async function* eventsOf(response) {
     if (done) return;
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
-    for (const block of blocks) yield JSON.parse(block.replace(/^data: /, ""));
+    // a comment keeps the connection open
+    for (const block of blocks) if (!block.startsWith(":")) yield JSON.parse(block.replace(/^data: /, ""));
   }
 }

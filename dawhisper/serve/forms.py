@@ -1,0 +1,158 @@
+"""A request's form -> what it asks for, checked, and its recording, decoded.
+
+Uploads are held in memory, or by the multipart parser in unnamed temporary files, and no name of theirs is ever opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from dawhisper.audio import SAMPLE_RATE, load_audio
+from dawhisper.transcription import TranscribeOptions
+
+from .errors import ApiError
+from .service import Service, checked_language
+
+FIELDS = {
+    "model": "a name that /v1/models lists; the first one by default",
+    "language": "code or English name of the language spoken; found out by default",
+    "prompt": "text before the first word: names, spelling, style",
+    "response_format": "json, text, srt, verbose_json or vtt",
+    "temperature": "0 to 1; 0 tries higher ones where the text is doubtful",
+    "timestamp_granularities": "segment, word; with verbose_json or stream",
+    "stream": "true: server-sent events",
+    "include": "logprobs, of each token, with json or stream; gate: words carry their probability and the share of the "
+    "speech branch",
+    "chunking_strategy": "auto: long recordings are always cut here",
+}
+OFFERED = {"include": ("logprobs", "gate"), "chunking_strategy": ("auto",)}  # of what OpenAI has there
+INDEX = re.compile(r"\[\d*\]$")  # of a list's field: NAME[] or NAME[0]
+FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+GRANULARITIES = ("segment", "word")
+MOST_PROMPT = 4000  # characters
+DESCRIBED = {  # for /docs
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "audio or video of any format"},
+                        **{name: {"type": "string", "description": text} for name, text in FIELDS.items()},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked request; samples [n] at 16 kHz."""
+
+    model: str
+    samples: np.ndarray
+    options: TranscribeOptions
+    response_format: str
+    granularities: frozenset[str]
+    stream: bool
+    gates: bool
+    logprobs: bool
+
+
+async def read(request: Request, service: Service, task: str) -> Asked:
+    """The form of a request, checked, and its recording; ApiError or AudioError where one is wrong."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise ApiError(400, "send multipart/form-data with a file", "file")
+    async with request.form(max_files=1, max_fields=32) as form:
+        values: dict[str, list[str]] = {}
+        upload = form.get("file")
+        if not isinstance(upload, UploadFile):
+            raise ApiError(400, "send the recording as the field 'file', with a file name", "file")
+        for name, value in form.multi_items():
+            if isinstance(value, str):
+                values.setdefault(INDEX.sub("", name), []).append(value)
+            elif name != "file":
+                raise ApiError(400, f"{name[:40]!r} is not a file", name[:40])
+        asked = check(values, service, task)
+        data = io.BytesIO(await upload.read())
+        data.name = Path(upload.filename or "file").name[:80]  # for messages only
+    if not data.getbuffer().nbytes:
+        raise ApiError(400, "the file is empty", "file", "invalid_audio")
+    async with service.decoding:
+        samples = await asyncio.to_thread(decode_audio, data, service.options.max_audio)
+    service.metrics.audio.labels(asked.model).inc(len(samples) / SAMPLE_RATE)
+    return replace(asked, samples=samples)
+
+
+def decode_audio(data: io.BytesIO, longest: float) -> np.ndarray:
+    """Samples of up to `longest` seconds."""
+    samples = load_audio(data, end=longest + 1)
+    if len(samples) > longest * SAMPLE_RATE:
+        raise ApiError(413, f"the recording is longer than {longest:g} s; send parts of it", "file", "too_long")
+    return samples
+
+
+def check(values: Mapping[str, list[str]], service: Service, task: str) -> Asked:
+    """A request without its recording, from the form's text fields."""
+
+    def one(name: str, default: str = "") -> str:
+        return values.get(name, [default])[-1].strip()
+
+    for field in values:
+        if field not in FIELDS:
+            message = f"the option {field[:40]!r} is not offered; there are file, {', '.join(FIELDS)}"
+            raise ApiError(400, message, field[:40], "unsupported_parameter")
+    for field, offered in OFFERED.items():
+        for value in values.get(field, []):
+            if value not in offered:
+                message = f"{field} is {' or '.join(offered)}; {value[:40]!r} is not offered"
+                raise ApiError(400, message, field, "unsupported_parameter")
+    name = service.model_named(one("model") or next(iter(service.engine.models)))
+    response_format = one("response_format", "json")
+    if response_format not in FORMATS:
+        raise ApiError(400, f"response_format is one of {', '.join(FORMATS)}", "response_format")
+    granularities = frozenset(values.get("timestamp_granularities", []))
+    if not granularities <= set(GRANULARITIES):
+        raise ApiError(400, "timestamp_granularities are segment and word", "timestamp_granularities")
+    stream = one("stream", "false").lower()
+    if stream not in ("true", "false", "1", "0"):
+        raise ApiError(400, "stream is true or false", "stream")
+    if granularities and response_format != "verbose_json" and stream in ("false", "0"):
+        raise ApiError(400, "timestamp_granularities needs response_format=verbose_json", "timestamp_granularities")
+    try:
+        temperature = float(one("temperature") or 0)
+    except ValueError:
+        temperature = math.nan
+    if not 0 <= temperature <= 1:
+        raise ApiError(400, "temperature lies between 0 and 1", "temperature")
+    prompt = one("prompt")
+    if len(prompt) > MOST_PROMPT:
+        raise ApiError(400, f"prompt has more than {MOST_PROMPT} characters", "prompt")
+    included = values.get("include", [])
+    gates, logprobs = "gate" in included, "logprobs" in included
+    if logprobs and response_format != "json":
+        raise ApiError(400, "include[]=logprobs needs response_format=json", "include")
+    options = TranscribeOptions.of(
+        task=task,
+        language=checked_language(name, service.engine.models[name], one("language") or None, task),
+        initial_prompt=prompt or None,
+        word_timestamps=gates or "word" in granularities,
+        logprobs=logprobs,
+        **({"temperature": temperature} if temperature else {}),  # 0 is what falls back to others
+    )
+    empty = np.zeros(0, np.float32)
+    return Asked(name, empty, options, response_format, granularities, stream in ("true", "1"), gates, logprobs)
