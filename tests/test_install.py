@@ -27,7 +27,7 @@ CODE = {
     "": ["dawhisper"],
     "evaluate": ["dawhisper/evaluation"],
     "train": ["train.py", "dawhisper/training", "dawhisper/noise"],
-    "serve": ["dawhisper/serve/app.py"],
+    "serve": ["dawhisper/serve"],
     "stream": ["dawhisper/serve/sources.py"],
     "export": ["dawhisper/tools/export.py", "dawhisper/formats/onnx.py"],
     "plot": ["dawhisper/evaluation/tables.py", "dawhisper/tools/visualize.py"],
