@@ -236,6 +236,38 @@ def collate_targets(targets: Sequence[Target], eot: int, n_text_ctx: int) -> dic
     }
 
 
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are made. batch_size: clips of each rank.
+
+    workers: processes that decode; 0 decodes in this one. prefetch: batches that each worker makes ahead.
+    shuffle: another order in each epoch. bucket: clips of like length in a batch.
+    """
+
+    targets: TargetOptions
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 2
+    device: torch.device | str = "cpu"
+    prefetch: int = 4
+    shuffle: bool = True
+    bucket: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0 or not 0 <= self.rank < self.world_size:
+            raise OptionError(
+                f"batch_size {self.batch_size}, workers {self.workers}, rank {self.rank} of {self.world_size}: "
+                "out of range"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Clips of all ranks together."""
+        return self.batch_size * self.world_size
+
+
 class Loader:
     """An endless iterable of `Batch`. Make it with `make_loader`.
 
@@ -244,31 +276,16 @@ class Loader:
     an exception, and its workers end too.
     """
 
-    def __init__(
-        self,
-        utterances: list[Utterance],
-        targets: TargetOptions,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-        device: torch.device,
-        prefetch: int,
-        shuffle: bool,
-        bucket: bool,
-        report: Report,
-    ):
-        self.utterances, self.targets, self.report = utterances, targets, report
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.workers, self.prefetch, self.device = workers, prefetch, device
+    def __init__(self, utterances: list[Utterance], options: LoaderOptions, report: Report):
+        self.utterances, self.options, self.report = utterances, options, report
+        self.device = torch.device(options.device)
         self.position = 0
         durations = [u.duration for u in utterances]
-        self.order = Order(durations, seed, batch_size * world_size, shuffle, bucket)
+        self.order = Order(durations, options.seed, options.global_batch, options.shuffle, options.bucket)
         self._by_length = np.argsort(durations, kind="stable")
         self._place = np.empty_like(self._by_length)  # utterance -> its place in _by_length
         self._place[self._by_length] = np.arange(len(utterances))
-        tokenizer = Targets(targets).tokenizer
+        tokenizer = Targets(options.targets).tokenizer
         self._special = {
             "eot": tokenizer.eot,
             "no_speech": tokenizer.no_speech,
@@ -277,7 +294,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches of one epoch, rounded up."""
-        return -(-len(self.utterances) // (self.batch_size * self.world_size))
+        return -(-len(self.utterances) // self.options.global_batch)
 
     @property
     def epoch(self) -> int:
@@ -318,20 +335,20 @@ class Loader:
                 raise DataError(
                     f"not one clip of a whole batch could be read, nor any near it; the first: {what}: {why}"
                 )
-            self.position = data["position"] + self.batch_size * self.world_size
+            self.position = data["position"] + self.options.global_batch
             yield self._to_device(data)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        reader = _Reader(self.targets)
-        if self.workers == 0:
+        reader = _Reader(self.options.targets)
+        if self.options.workers == 0:
             yield from (reader[plan] for plan in self._plans())
             return
         loader = DataLoader(
             reader,
             batch_size=None,  # a plan is a whole batch
             sampler=self._plans(),  # type: ignore[arg-type]  # endless; drawn from as workers get free
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch,
+            num_workers=self.options.workers,
+            prefetch_factor=self.options.prefetch,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
         )
@@ -347,18 +364,18 @@ class Loader:
 
     def _plans(self) -> Iterator[_Plan]:
         """This rank's share of each global batch, from the position on."""
-        position, count = self.position, self.batch_size
+        position, count = self.position, self.options.batch_size
         while True:
-            first = position + self.rank * count
+            first = position + self.options.rank * count
             indices = self.order.take(first, count)
             items = [self._item(index, first + k) for k, index in enumerate(indices)]
             spares = [self._item(index, first) for index in self._near(indices[0], set(indices))]
             yield _Plan(items, spares, position)
-            position += count * self.world_size
+            position += self.options.global_batch
 
     def _item(self, index: int, position: int) -> _Item:
         utterance = self.utterances[index]
-        previous = self.utterances[index - 1] if index and self.targets.prompt else None
+        previous = self.utterances[index - 1] if index and self.options.targets.prompt else None
         if previous is not None and not follows(previous, utterance):
             previous = None
         return _Item(utterance, previous, (self.order.seed, position))
@@ -381,8 +398,10 @@ class Loader:
 class MemoryLoader(Loader):
     """A Loader that holds all audio as int16 on the device: for small data; no workers, no waiting."""
 
-    def __init__(self, clips: Sequence[np.ndarray], **options: Any):
-        super().__init__(**options)
+    def __init__(
+        self, clips: Sequence[np.ndarray], utterances: list[Utterance], options: LoaderOptions, report: Report
+    ):
+        super().__init__(utterances, options, report)
         self._n_samples = [len(clip) for clip in clips]
         lengths = torch.tensor(self._n_samples)
         self._offsets = lengths.cumsum(0) - lengths
@@ -395,8 +414,8 @@ class MemoryLoader(Loader):
         self._index = {id(u): i for i, u in enumerate(self.utterances)}
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        reader = _Reader(self.targets)
-        reader.targets = Targets(self.targets)
+        reader = _Reader(self.options.targets)
+        reader.targets = Targets(self.options.targets)
         for plan in self._plans():
             rows = [self._index[id(item.utterance)] for item in plan.items]
             n_samples = [self._n_samples[row] for row in rows]
@@ -408,7 +427,7 @@ class MemoryLoader(Loader):
             yield {
                 "audio": self._audio[position] * (time < length),
                 "lengths": lengths,
-                **collate_targets(targets, self._special["eot"], self.targets.n_text_ctx),
+                **collate_targets(targets, self._special["eot"], self.options.targets.n_text_ctx),
                 "utterances": [item.utterance for item in plan.items],
                 "position": plan.position,
                 "bad": [],
@@ -431,24 +450,15 @@ def make_loader(
     targets: TargetOptions,
     batch_size: int,
     *,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 2,
-    device: torch.device | str = "cpu",
     in_memory: bool = False,
-    prefetch: int = 4,
-    shuffle: bool = True,
-    bucket: bool = True,
+    **more: Any,
 ) -> Loader:
-    """An endless loader of training batches; `batch_size` is per rank.
+    """An endless loader of training batches; keyword arguments are the fields of LoaderOptions.
 
-    manifests: what `read_manifest` takes, one or several. workers: processes that decode; 0 decodes in this one.
-    in_memory: decode everything once and keep it on the device. prefetch: batches that each worker makes ahead.
+    manifests: what `read_manifest` takes, one or several. in_memory: decode everything once and keep it on the device.
     Bad items are skipped and named in `loader.report`. Raises DataError at once when nothing usable is left.
     """
-    if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
-        raise OptionError(f"batch_size {batch_size}, workers {workers}, rank {rank} of {world_size}: out of range")
+    options = LoaderOptions(targets, batch_size, **more)
     report, usable, chooser = Report(), [], Targets(targets)
     for manifest in [manifests] if isinstance(manifests, (str, os.PathLike)) else manifests:
         for utterance in with_durations(read_manifest(manifest, report)):
@@ -457,27 +467,12 @@ def make_loader(
                 report.add(utterance.name, why)
             else:
                 usable.append(utterance)
-    if not usable:
-        raise DataError(f"nothing to train on in {manifests}: {report}")
-    options: dict[str, Any] = {
-        "targets": targets,
-        "batch_size": batch_size,
-        "seed": seed,
-        "rank": rank,
-        "world_size": world_size,
-        "workers": workers,
-        "device": torch.device(device),
-        "prefetch": prefetch,
-        "shuffle": shuffle,
-        "bucket": bucket,
-        "report": report,
-    }
-    if not in_memory:
-        return Loader(usable, **options)
-    clips, kept = _decode_all(usable, chooser, report, workers)
+    if usable and not in_memory:
+        return Loader(usable, options, report)
+    clips, kept = _decode_all(usable, chooser, report, options.workers)
     if not kept:
         raise DataError(f"nothing to train on in {manifests}: {report}")
-    return MemoryLoader(clips, utterances=kept, **options)
+    return MemoryLoader(clips, kept, options, report)
 
 
 def _unusable(u: Utterance, options: TargetOptions, chooser: Targets) -> str:
