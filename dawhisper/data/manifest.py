@@ -17,9 +17,9 @@ import tarfile
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,6 +33,7 @@ from dawhisper.files import write_lines
 from dawhisper.media import open_media
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
+AHEAD = 2  # chunks for each process
 T = TypeVar("T")
 R = TypeVar("R")
 SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
@@ -223,7 +224,8 @@ def in_processes(
 ) -> Iterator[R]:
     """function(item) for each item, in order; in processes where there is more than one `chunk`, which each takes.
 
-    Leaving early (Ctrl-C) stops the processes. DataError where one of them dies.
+    The processes work ahead of what is asked for, AHEAD chunks each, so that results don't pile up. Leaving early
+    (Ctrl-C) stops them. DataError where one of them dies.
     (Not in threads: an Opus file has a frame every 20 ms, each one takes the interpreter's lock, and sixteen threads
     that decode so are slower than one.)
     """
@@ -232,14 +234,24 @@ def in_processes(
         yield from map(function, items)
         return
     with ProcessPoolExecutor(workers, initializer=start_process) as pool:
+        coming: deque[Future[list[R]]] = deque()
         try:
-            yield from pool.map(function, items, chunksize=chunk)
+            for start in range(0, len(items), chunk):
+                coming.append(pool.submit(_each, function, items[start : start + chunk]))
+                if len(coming) > AHEAD * workers:
+                    yield from coming.popleft().result()
+            while coming:
+                yield from coming.popleft().result()
         except BrokenProcessPool:
             raise DataError(
                 "a process died (out of memory?): run again with fewer workers; what is done is kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    return [function(item) for item in items]
 
 
 def start_process() -> None:

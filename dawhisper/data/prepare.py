@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -541,10 +542,13 @@ def _transcripts(todo: list[tuple[str, Utterance]], options: PrepareOptions) -> 
     for key, u in todo:
         language = whisper_language(u.language, model.num_languages) if model.is_multilingual else "en"
         groups[language].append((key, u))
-    for language, group in groups.items():
+    for group in groups.values():
         group.sort(key=lambda pair: -pair[1].duration)  # the longest first: memory runs out at once or never
+    # decoded ahead in processes, so that the model need not wait
+    sounds = in_processes(decode_audio, [u for group in groups.values() for _, u in group], options.workers)
+    for language, group in groups.items():
         for batch in _chunks(group, options.batch_size):
-            clips = [from_int16(decode_audio(u)) for _, u in batch]
+            clips = [from_int16(sound) for sound in islice(sounds, len(batch))]
             results = decode_clips(model, clips, DecodingOptions(language=language, without_timestamps=True))
             # a text in a loop is no text: the clip is then learnt from without one
             yield [

@@ -20,6 +20,7 @@ import pytest
 from dawhisper.cli import main
 from dawhisper.data import prepare as module
 from dawhisper.data.loader import Report, TargetOptions, Utterance, make_loader, read_audio, read_manifest
+from dawhisper.data.manifest import AHEAD, in_processes
 from dawhisper.data.prepare import PrepareOptions, PrepareReport, assign_splits, encode_audio, prepare
 from dawhisper.errors import DataError, OptionError
 
@@ -55,6 +56,19 @@ def listed(report: PrepareReport) -> dict[str, list[Utterance]]:
 
 def dropped(report: PrepareReport) -> dict[str, str]:
     return {Path(what).name: why.split(":")[0] for what, why in report.dropped}
+
+
+def _touched(item: tuple[Path, int]) -> int:
+    (item[0] / str(item[1])).touch()
+    return item[1]
+
+
+def test_processes_work_ahead_but_not_far(tmp_path: Path) -> None:
+    results = in_processes(_touched, [(tmp_path, i) for i in range(100)], workers=2, chunk=4)
+    assert next(results) == 0
+    time.sleep(0.3)
+    assert 4 <= len(list(tmp_path.iterdir())) <= (2 * AHEAD + 1) * 4
+    assert list(results) == list(range(1, 100))
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------------
