@@ -37,6 +37,11 @@ class Command:
 COMMANDS = (
     Command("transcribe", "transcribe_files", "FilesOptions", "transcribe_files", "turn recordings into text"),
     Command(
+        *("align", "alignment", "AlignOptions", "align_file", "when each word of a given text is spoken"),
+        "Finds the times of a text's words in its recording, of any length, and writes them as transcribe does.",
+        prints=True,
+    ),
+    Command(
         *("stream", "serve.listen", "ListenOptions", "stream", "turn live audio into text"),
         "Hears the microphone, or s16le 16 kHz mono samples on standard input, and prints text as soon as it is final. "
         "Ctrl-C ends it.",

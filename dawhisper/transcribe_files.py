@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class WriterOptions:
             warnings.warn("--max_words_per_line has no effect with --max_line_width", stacklevel=2)
 
     def lines(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "output_format"}
+        names = ("highlight_words", "max_line_width", "max_line_count", "max_words_per_line")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,48 @@ def escaped(segment: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+class WriteTextGrid(ResultWriter):
+    """Praat's TextGrid, as its manual describes it: a tier of segments, and one of words where they have times."""
+
+    extension = "TextGrid"
+
+    def write_result(self, result: dict[str, Any], file: TextIO, *_: Any, **__: Any) -> None:
+        segments = result["segments"]
+        tiers = {"segments": [(s["start"], s["end"], s["text"]) for s in segments]}
+        if all("words" in segment for segment in segments):
+            tiers["words"] = [(w["start"], w["end"], w["word"]) for s in segments for w in s["words"]]
+        last = max((end for spans in tiers.values() for _, end, _ in spans), default=0.0)
+        whole = f"xmin = 0\nxmax = {last}\n"
+        print('File type = "ooTextFile"\nObject class = "TextGrid"\n', file=file)
+        print(f"{whole}tiers? <exists>\nsize = {len(tiers)}\nitem []:", file=file)
+        for number, (name, spans) in enumerate(tiers.items(), 1):
+            intervals = without_gaps(spans, last)
+            print(f'item [{number}]:\nclass = "IntervalTier"\nname = "{name}"\n{whole}', end="", file=file)
+            print(f"intervals: size = {len(intervals)}", file=file)
+            for place, (start, end, text) in enumerate(intervals, 1):
+                quoted = text.strip().replace('"', '""')
+                print(f'intervals [{place}]:\nxmin = {start}\nxmax = {end}\ntext = "{quoted}"', file=file)
+
+
+def without_gaps(spans: list[tuple[float, float, str]], last: float) -> list[tuple[float, float, str]]:
+    """Intervals that cover everything up to `last` seconds, without an overlap; between spans they are empty."""
+    made: list[tuple[float, float, str]] = []
+    now = 0.0
+    for start, end, text in spans:
+        start = max(start, now)
+        if end <= start:  # takes no time of its own
+            continue
+        made += [(now, start, "")] if start > now else []
+        made.append((start, end, text))
+        now = end
+    return made + ([(now, last, "")] if now < last else [])
+
+
 WRITERS: dict[str, type[ResultWriter]] = {
     "txt": WriteTXT,
     "vtt": WriteEscapedVTT,
     "srt": WriteSRT,
     "tsv": WriteTSV,
     "json": WriteJSON,
+    "TextGrid": WriteTextGrid,
 }
