@@ -12,8 +12,8 @@ import csv
 from pathlib import Path
 
 from dawhisper.evaluation.conditions import Condition
+from dawhisper.evaluation.figures import Wers, wer_figure
 from dawhisper.evaluation.metrics import Interval
-from dawhisper.evaluation.tables import Wers, wer_figure
 
 
 def read(path: Path) -> dict[str, dict[str, Wers]]:

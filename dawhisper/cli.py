@@ -62,9 +62,9 @@ COMMANDS = (
     Command(
         *("evaluate", "evaluation.run", "EvaluateOptions", "evaluate"),
         "measure word errors of several models by noise and SNR",
-        "Decodes the same seeded mixtures of speech and noise with every model, and writes tables, JSON, CSV, Markdown "
-        "and plots. Stopped, it goes on where it was when it is run again; under torchrun it is shared between the "
-        "processes.",
+        "Decodes the same seeded mixtures of speech and noise with every model, and writes tables (text, JSON, CSV, "
+        "Markdown, LaTeX) and plots. Stopped, it goes on where it was when it is run again; under torchrun it is "
+        "shared between the processes.",
         extra="evaluate",
     ),
     Command(

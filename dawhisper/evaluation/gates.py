@@ -147,3 +147,8 @@ def _gate_pairs(readings: Sequence[GateReading]) -> list[tuple[list[float], list
     snr = [r.snr for r in readings]
     layers = zip(*(r.gate for r in readings))
     return [(snr, list(gates)) for gates in layers] + [(snr, [float(np.mean(r.gate)) for r in readings])]
+
+
+def over_layers(x: list[float] | float) -> float:
+    """The mean over layers of what a summary has for each, or its one number."""
+    return sum(x) / len(x) if isinstance(x, list) else x

@@ -1,4 +1,4 @@
-"""The results of an evaluation as tables, files and plots. All of them are written from one `Results`."""
+"""The results of an evaluation as tables and files. All of them are written from one `Results`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .conditions import Condition
-from .gates import GateSummary
+from .figures import draw_results
+from .gates import GateSummary, over_layers
 from .metrics import Interval
 from .scores import NOISY_MEAN, Paired, Score, Scored
 
 Table = tuple[str, list[str], list[list[str]]]  # title, column names, rows
-Wers = Mapping[Condition, Interval]  # a model's word error rate under each condition, in percent
+FEW_UTTERANCES, FEW_SPEAKERS = 50, 5  # with fewer a p value is no proof
+TEX = {c: "\\" + c for c in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,18 @@ class Results:
 
 
 def write_results(results: Results, folder: Path, plots: bool = True) -> None:
-    """results.txt, .md, .json and .csv and the plots into the folder; the text also goes to the terminal."""
+    """results.txt, .md, .tex, .json and .csv and the plots into the folder; the text also goes to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = make_tables(results)
-    text = "\n\n".join([heading(results), *map(as_text, tables)]) + "\n"
+    tables, above = make_tables(results), [heading(results), *cautions(results)]
+    text = "\n\n".join([*above, *map(as_text, tables)]) + "\n"
     notes = draw_results(results, folder) if plots else []
     print(text)
     for note in notes:
         print(note)
     print(f"results are in {folder}")
     (folder / "results.txt").write_text(text, "utf-8")
-    (folder / "results.md").write_text("\n\n".join([heading(results), *map(as_markdown, tables)]) + "\n", "utf-8")
+    (folder / "results.md").write_text("\n\n".join([*above, *map(as_markdown, tables)]) + "\n", "utf-8")
+    (folder / "results.tex").write_text("\n\n".join(map(as_latex, tables)) + "\n", "utf-8")
     (folder / "results.csv").write_text(as_csv(results), "utf-8")
     (folder / "results.json").write_text(json.dumps(all_values(results), ensure_ascii=False, indent=1) + "\n", "utf-8")
 
@@ -71,8 +77,24 @@ def heading(results: Results) -> str:
     )
 
 
+def cautions(results: Results) -> list[str]:
+    """What speaks against believing the p values."""
+    if not results.comparisons:
+        return []
+    items = {s.item.id: s.item for s in results.scored}.values()
+    speakers = {item.utterance.speaker for item in items}
+    known = len(speakers) if None not in speakers else None
+    if len(items) >= FEW_UTTERANCES and (known is None or known >= FEW_SPEAKERS):
+        return []
+    of = "of speakers unknown" if known is None else f"of {known} speaker{'s' * (known > 1)}"
+    return [
+        f"Caution: p values and intervals rest on {len(items)} utterances {of}: they tell how this set came about, "
+        f"not what other speakers would give. Take {FEW_UTTERANCES} utterances of {FEW_SPEAKERS} speakers or more."
+    ]
+
+
 def make_tables(results: Results) -> list[Table]:
-    tables = [_wer(results), _errors(results), _noise_only(results), _comparisons(results)]
+    tables = [_pivot(results), _wer(results), _errors(results), _noise_only(results), _comparisons(results)]
     groups = list(dict.fromkeys(s.group for s in results.scores if s.group != "all"))
     tables += [_wer(results, group) for group in groups]
     tables.append(_speed(results))
@@ -83,6 +105,19 @@ def make_tables(results: Results) -> list[Table]:
 def _spoken(results: Results) -> list[str]:
     names = [c.name for c in results.conditions if c.kind != "noise-only"]
     return names + [NOISY_MEAN] * any(c.noisy for c in results.conditions)
+
+
+def _pivot(results: Results) -> Table:
+    """Models by SNR: a row for each model and kind of noise."""
+    noisy = [c for c in results.conditions if c.noisy]
+    snrs = sorted({c.snr for c in noisy if c.snr is not None}, reverse=True)
+    rows = []
+    for kind in dict.fromkeys(c.kind for c in noisy):
+        for model in results.models:
+            wers = {c.snr: results.score(model, c.name).wer.value for c in noisy if c.kind == kind}
+            cells = [_number(wers.get(snr, math.nan)) for snr in snrs]
+            rows.append([kind, model, *cells, _number(sum(wers.values()) / len(wers))])
+    return "WER in noise by SNR", ["noise", "model", *(f"{snr:g} dB" for snr in snrs), "mean"], rows
 
 
 def _wer(results: Results, group: str = "all") -> Table:
@@ -155,9 +190,9 @@ def _gates(summary: GateSummary) -> Table:
     columns = ["condition", *(f"gate {i}" for i in layers), "gate", "primary on noise", "secondary on noise", "noise"]
     rows = []
     for name, means in summary.conditions.items():
-        gate, primary, secondary = (_mean(means[key]) for key in ("gate", "primary", "secondary"))
+        gate, primary, secondary = (over_layers(means[key]) for key in ("gate", "primary", "secondary"))
         each = [f"{x:.3f}" for x in means["gate"]]  # type: ignore[union-attr]
-        shares = [f"{100 * x:.1f}" for x in (primary, secondary, _mean(means["noise_frames"]))]
+        shares = [f"{100 * x:.1f}" for x in (primary, secondary, over_layers(means["noise_frames"]))]
         rows.append([name, *each, f"{gate:.3f}", *shares])
     title = f"Gate of {summary.model} by layer, and attention on noise-dominated positions (% within the utterance)"
     return title + "; noise: share of such positions", columns, rows
@@ -168,10 +203,6 @@ def _correlations(summary: GateSummary) -> Table:
     both = {"pearson": summary.pearson, "spearman": summary.spearman}
     rows = [[name, *(_number(x, 3) for x in values)] for name, values in both.items()]
     return f"Correlation of SNR and the gate of {summary.model} (spearman: with clean speech)", columns, rows
-
-
-def _mean(x: list[float] | float) -> float:
-    return sum(x) / len(x) if isinstance(x, list) else x
 
 
 def _number(x: float, digits: int = 1) -> str:
@@ -196,6 +227,16 @@ def as_markdown(table: Table) -> str:
     title, columns, rows = table
     lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join([f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def as_latex(table: Table) -> str:
+    """A tabular of the package booktabs, under its title as a comment."""
+    title, columns, rows = table
+    lines = [" & ".join("".join(TEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in [columns, *rows]]
+    begin = rf"\begin{{tabular}}{{{'l' * len(columns)}}}"
+    return "\n".join(
+        [f"% {title}", begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+    )
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -277,79 +318,3 @@ def _plain(x: Any) -> Any:
     if isinstance(x, float) and not math.isfinite(x):
         return None
     return x
-
-
-# ---- plots --------------------------------------------------------------------------------------------------------
-
-
-def draw_results(results: Results, folder: Path) -> list[str]:
-    """wer.png: word errors over SNR (`wer_figure`); gate_MODEL.png: the gate over SNR. Returns notes for the user."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return ["no plots: matplotlib is not installed (pip install 'dawhisper[plot]')"]
-    spoken = [c for c in results.conditions if c.kind == "clean" or c.noisy]
-    if any(c.noisy for c in spoken):
-        wers = {model: {c: results.score(model, c.name).wer for c in spoken} for model in results.models}
-        wer_figure({"": wers}).savefig(folder / "wer.png", dpi=150)
-    for summary in results.gates:
-        name = "".join(x if x.isalnum() or x in "-_." else "_" for x in summary.model)
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        _gate_lines(results, summary, figure.subplots())
-        figure.savefig(folder / f"gate_{name}.png", dpi=150)
-    return []
-
-
-def wer_figure(groups: Mapping[str, Mapping[str, Wers]]) -> Any:
-    """A matplotlib Figure with a row for each group of utterances and a panel for each kind of noise.
-
-    groups: title -> model -> its word error rates in percent, of noisy conditions and of clean speech.
-    """
-    from matplotlib.figure import Figure
-
-    kinds = list(
-        dict.fromkeys(c.kind for models in groups.values() for wers in models.values() for c in wers if c.noisy)
-    )
-    figure = Figure(figsize=(3.6 * len(kinds) + 0.4, 3.0 * len(groups) + 0.6), layout="constrained")
-    panels = figure.subplots(len(groups), len(kinds), squeeze=False)
-    for row, (title, models) in zip(panels, groups.items()):
-        for axes, kind in zip(row, kinds):
-            _wer_lines(models, kind, axes)
-            axes.set_title(f"{kind} noise", fontsize=10)
-        row[0].set_ylabel(f"{title}\nWER (%)" if title else "WER (%)")
-    for axes in panels[-1]:
-        axes.set_xlabel("SNR (dB), dotted: clean speech")
-    panels[0, 0].legend(loc="upper left", fontsize=9)
-    return figure
-
-
-def _wer_lines(models: Mapping[str, Wers], kind: str, axes: Any) -> None:
-    """A line for each model with its intervals."""
-    for i, (model, wers) in enumerate(models.items()):
-        places = sorted((c.snr, wer) for c, wer in wers.items() if c.kind == kind and c.snr is not None)
-        below = [0 if math.isnan(w.low) else w.value - w.low for _, w in places]
-        above = [0 if math.isnan(w.high) else w.high - w.value for _, w in places]
-        snrs = [snr + 0.2 * i for snr, _ in places]  # side by side, so that intervals can be told apart
-        line = axes.errorbar(snrs, [w.value for _, w in places], [below, above], marker="o", capsize=3, label=model)
-        for clean in (wer.value for c, wer in wers.items() if c.kind == "clean"):
-            axes.axhline(clean, color=line[0].get_color(), linestyle=":")
-        axes.set_xticks([snr for snr, _ in places])
-    axes.set_ylim(bottom=0)
-    _over_snr(axes)
-
-
-def _over_snr(axes: Any) -> None:
-    axes.invert_xaxis()  # harder to the right
-    axes.grid(alpha=0.3)
-
-
-def _gate_lines(results: Results, summary: GateSummary, axes: Any) -> None:
-    for kind in dict.fromkeys(c.kind for c in results.conditions if c.noisy):
-        places = sorted((c.snr, c.name) for c in results.conditions if c.kind == kind and c.snr is not None)
-        gates = [_mean(summary.conditions[name]["gate"]) for _, name in places]
-        axes.plot([snr for snr, _ in places], gates, marker="o", label=kind)
-    if "clean" in summary.conditions:
-        axes.axhline(_mean(summary.conditions["clean"]["gate"]), color="black", linestyle=":", label="clean")
-    axes.set(title=f"gate of {summary.model}", xlabel="SNR (dB)", ylabel="mean gate")
-    axes.legend()
-    _over_snr(axes)

@@ -392,7 +392,42 @@ def test_files_agree_with_each_other(results: tuple[tables.Results, Path]) -> No
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert lines and all(line.endswith("|") for line in lines)
     pytest.importorskip("matplotlib")
-    assert {p.name for p in out.glob("*.png")} == {"wer.png", "gate_two.png"}
+    names = {f"{picture}.{kind}" for picture in ("wer", "gate_two") for kind in ("png", "pdf", "svg")}
+    assert {p.name for kind in ("png", "pdf", "svg") for p in out.glob(f"*.{kind}")} == names
+
+
+def test_models_by_snr(results: tuple[tables.Results, Path]) -> None:
+    """A row for each kind of noise and model, also as LaTeX."""
+    found, out = results
+    title, columns, rows = tables.make_tables(found)[0]
+    assert title == "WER in noise by SNR"
+    snrs = sorted({c.snr for c in found.conditions if c.snr is not None}, reverse=True)
+    assert columns == ["noise", "model", *(f"{snr:g} dB" for snr in snrs), "mean"]
+    assert [row[:2] for row in rows] == [
+        [kind, model] for kind in dict.fromkeys(c.kind for c in found.conditions if c.noisy) for model in found.models
+    ]
+    for kind, model, *cells, _ in rows:
+        for snr, cell in zip(snrs, cells):
+            measured = any((c.kind, c.snr) == (kind, snr) for c in found.conditions)
+            assert cell == (f"{found.score(model, f'{kind}_{snr:g}dB').wer.value:.1f}" if measured else "-")
+    latex = (out / "results.tex").read_text("utf-8")
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\bottomrule") == len(tables.make_tables(found))
+    assert " & ".join(rows[0]) + r" \\" in latex
+    assert tables.as_latex(("t", ["50% & more"], [["a_b"]])).splitlines()[3] == r"50\% \& more \\"
+
+
+def test_a_p_value_of_a_handful_of_clips_is_cautioned_against(results: tuple[tables.Results, Path]) -> None:
+    found, out = results
+    assert (out / "results.txt").read_text("utf-8").count("Caution: p values and intervals rest on") == 1
+    assert (out / "results.md").read_text("utf-8").count("Caution: ") == 1
+    of_one = [s for s in found.scored if s.item.utterance.speaker == found.scored[0].item.utterance.speaker]
+    assert "of 1 speaker: " in tables.cautions(replace(found, scored=of_one))[0]
+    assert tables.cautions(replace(found, comparisons=[])) == []
+    items = [
+        replace(of_one[0].item, id=str(i), utterance=replace(of_one[0].item.utterance, speaker=str(i % 5)))
+        for i in range(50)
+    ]
+    assert tables.cautions(replace(found, scored=[replace(of_one[0], item=item) for item in items])) == []
 
 
 def test_no_matplotlib_is_a_note(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dawhisper.evaluation.conditions import Condition
-from dawhisper.evaluation.tables import wer_figure
+from dawhisper.evaluation.figures import wer_figure
 
 pytest.importorskip("matplotlib")
 
