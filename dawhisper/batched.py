@@ -199,7 +199,7 @@ def pieces_of(reader: SampleReader, options: TranscribeOptions) -> Iterator[Chun
     """The clips of a recording, in windows."""
     for first, last in clip_frames(options.clip_timestamps):
         reader.skip_to(first * HOP_LENGTH)
-        yield from cut(reader, None if last is None else last * HOP_LENGTH, options.vad_filter)
+        yield from cut(reader, None if last is None else last * HOP_LENGTH, options.vad_filter, options.vad)
 
 
 def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -> Iterator[Chunk | Skip]:

@@ -15,6 +15,7 @@ from .decoding import DecodingOptions
 from .errors import DawhisperError, OptionError, unforeseen
 from .options import Help, add_options, from_parsed, underlined
 from .transcription import TranscribeOptions
+from .vad import VadOptions
 
 INTERRUPTED = 1
 MOST_THREADS = 1024
@@ -157,6 +158,7 @@ def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
     if command.name == "transcribe":
         add_options(parser, module.WriterOptions)
         add_options(parser, TranscribeOptions, {"verbose": True})
+        add_options(parser, VadOptions)
         add_options(parser, DecodingOptions, {"best_of": 5, "beam_size": 5})
 
 

@@ -32,7 +32,7 @@ from .transcription import (
     say,
     warn_of_translated_words,
 )
-from .vad import Chunk, Skip, cut
+from .vad import Chunk, Skip, VadOptions, cut
 from .window import (
     Prompt,
     Split,
@@ -110,7 +110,7 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]
     skipped: list[Skip] = []
     if options.vad_filter:
-        parts, skipped = spoken_parts(samples, parts)
+        parts, skipped = spoken_parts(samples, parts, options.vad)
         for skip in skipped:
             say(skip, options)
     language = options.decoding.language
@@ -129,29 +129,31 @@ def first_language(
         return "en"
     if options.verbose:
         show("Detecting language using up to the first 30 seconds of speech. Use `--language` to specify the language")
-    first, last = first_speech(samples, parts)
+    first, last = first_speech(samples, parts, options.vad)
     heard = pad_or_trim(mel if last >= mel.shape[-1] - N_FRAMES else mel[:, :last], mel.shape[-1])[:, first:]
     (language,) = spoken_languages(model, pad_or_trim(heard, padded_frames(model, last - first))[None], options)
     return language
 
 
-def first_speech(samples: np.ndarray, parts: list[tuple[int, int]]) -> tuple[int, int]:
+def first_speech(samples: np.ndarray, parts: list[tuple[int, int]], vad: VadOptions) -> tuple[int, int]:
     """The first and last frame of the part that speech starts in, from there on; of the first part without any."""
     for first, last in parts:
         reader = SampleReader(samples[first * HOP_LENGTH : last * HOP_LENGTH])
-        for piece in cut(reader, None, drop_silence=False):
+        for piece in cut(reader, None, drop_silence=False, vad=vad):
             if isinstance(piece, Chunk) and (found := piece.from_speech()) is not None:
                 return first + found.seek, last
     return parts[0] if parts else (0, len(samples) // HOP_LENGTH)
 
 
-def spoken_parts(samples: np.ndarray, clips: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[Skip]]:
+def spoken_parts(
+    samples: np.ndarray, clips: list[tuple[int, int]], vad: VadOptions
+) -> tuple[list[tuple[int, int]], list[Skip]]:
     """What is left of the clips (first and last frame) without the silence in them, and what was left out."""
     skips, parts = [], []
     for first, last in clips:
         reader = SampleReader(samples[first * HOP_LENGTH : last * HOP_LENGTH])
         offset = first * HOP_LENGTH / SAMPLE_RATE
-        silent = [s for s in cut(reader, None, drop_silence=True) if isinstance(s, Skip)]
+        silent = [s for s in cut(reader, None, drop_silence=True, vad=vad) if isinstance(s, Skip)]
         silent = [Skip(s.start + offset, s.end + offset, s.why) for s in silent]
         edges = [round(t * FRAMES_PER_SECOND) for s in silent for t in (s.start, s.end)]
         borders = [first, *edges, last]

@@ -23,7 +23,7 @@ from .decoding import Alternative, DecodingOptions, asked_language
 from .errors import OptionError, near_names
 from .options import option
 from .timing import Word
-from .vad import Skip
+from .vad import DEFAULT_VAD, Skip, VadOptions
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TranscribeOptions:
         before it. None decodes one window after the other, each prompted with the text before it.
     multilingual: find out the language of each window, for people who switch; None may be given as the language then.
     vad_filter: leave out what the voice activity detector hears no speech in.
+    vad: what counts as speech there, and how long windows are; its fields are given as vad_threshold and so on, or
+        together as the dict `vad_parameters`.
     logprobs: give each segment's and word's tokens their log probabilities.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
@@ -68,19 +70,23 @@ class TranscribeOptions:
     multilingual: bool = option(False, "find out the language of each window, not just the first")
     vad_filter: bool = option(False, "leave out what holds no voice (better with silero-vad)")
     logprobs: bool = option(False, "log probabilities of the tokens of segments and words (json)")
+    vad: VadOptions = DEFAULT_VAD
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
     @classmethod
     def of(cls, **options: Any) -> TranscribeOptions:
-        """From the flat keyword arguments of `transcribe`: these fields and those of DecodingOptions."""
-        own = {f.name for f in fields(cls)} - {"decoding"}
+        """From the flat keyword arguments of `transcribe`: these fields, those of DecodingOptions and of VadOptions."""
+        own = {f.name for f in fields(cls)} - {"decoding", "vad"}
         window = {f.name for f in fields(DecodingOptions)} - own - {"prompt"}
+        speech = {f"vad_{f.name}" for f in fields(VadOptions)}
+        options |= {f"vad_{name}": value for name, value in (options.pop("vad_parameters", None) or {}).items()}
         for name, value in options.items():
-            if name not in own | window:
-                raise OptionError(f"unknown option {name!r}{near_names(name, own | window)}")
+            if name not in own | window | speech:
+                raise OptionError(f"unknown option {name!r}{near_names(name, own | window | speech)}")
             options[name] = plain_number(name, value)
         decoding = DecodingOptions(**{k: v for k, v in options.items() if k in window})
-        made = cls(decoding=decoding, **{k: v for k, v in options.items() if k in own})
+        vad = VadOptions(**{k.removeprefix("vad_"): v for k, v in options.items() if k in speech})
+        made = cls(decoding=decoding, vad=vad, **{k: v for k, v in options.items() if k in own})
         if made.batch_size is not None and made.batch_size < 1:
             raise OptionError(
                 f"batch_size is at least 1, or None for one window after the other; not {made.batch_size}"

@@ -8,8 +8,9 @@ Cuts lie between steps of 160 ms, which is both a whole number of the detector's
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from .audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE, SampleReader
 from .errors import OptionError
+from .options import option
 
 VAD_FRAME = 512  # samples that the detector judges at once, 32 ms
 STEP = 5 * VAD_FRAME  # 160 ms
@@ -27,12 +29,80 @@ SHORTEST_WINDOW = 125  # steps, 20 s: before this a window is not cut where it c
 PAUSE = 0.3  # of 3.0: as little speech as this in 640 ms makes a pause
 
 THRESHOLD = 0.5  # probability from which on a step is speech
-PADDING = 3  # steps kept before and after speech
-MIN_SILENCE = 6  # steps, about 1 s: shorter silences are not worth leaving out
 
 SOON = 31  # steps, 5 s: speech that starts by then leaves enough of the window to tell its language
 
 Detector = Callable[[np.ndarray], np.ndarray]  # samples [n] -> probability of speech of each frame [n / 512]
+
+
+@dataclass(frozen=True)
+class VadOptions:
+    """What counts as speech; the names are Silero's, times are rounded to steps of 160 ms.
+
+    threshold: probability from which on sound is speech. min_speech_duration_ms: shorter sounds are none.
+    speech_pad_ms: kept before and behind speech. min_silence_duration_ms: silence, without this padding, that is worth
+    leaving out. max_speech_duration_s: the longest window, which ends in a pause of its last third if it can.
+    """
+
+    threshold: float = option(
+        THRESHOLD, "probability from which on sound counts as speech, also where windows are cut", name="vad_threshold"
+    )
+    min_speech_duration_ms: int = option(
+        0, "with --vad_filter: shorter sounds are no speech", name="vad_min_speech_duration_ms"
+    )
+    min_silence_duration_ms: int = option(
+        960, "with --vad_filter: shorter silence is not left out", name="vad_min_silence_duration_ms"
+    )
+    speech_pad_ms: int = option(480, "with --vad_filter: kept before and behind speech", name="vad_speech_pad_ms")
+    max_speech_duration_s: float = option(
+        30.0, "with --batch_size: windows are no longer than this", name="vad_max_speech_duration_s"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise OptionError(f"vad_threshold lies between 0 and 1, not {self.threshold}")
+        for name in ("min_speech_duration_ms", "min_silence_duration_ms", "speech_pad_ms"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(f"vad_{name} is 0 or more, not {getattr(self, name)}")
+        if self.max_speech_duration_s < 2:
+            raise OptionError(f"vad_max_speech_duration_s is at least 2, not {self.max_speech_duration_s}")
+
+    @property
+    def padding(self) -> int:
+        """In steps."""
+        return in_steps(self.speech_pad_ms)
+
+    @property
+    def min_silence(self) -> int:
+        """In steps, at least one."""
+        return max(in_steps(self.min_silence_duration_ms), 1)
+
+    @property
+    def longest_window(self) -> int:
+        """In steps."""
+        return min(int(self.max_speech_duration_s * SAMPLE_RATE) // STEP, LONGEST_WINDOW)
+
+    @property
+    def shortest_window(self) -> int:
+        """In steps: before this a window is not cut where it could be longer."""
+        return self.longest_window * SHORTEST_WINDOW // LONGEST_WINDOW
+
+    def loud(self, speech: np.ndarray) -> np.ndarray:
+        """The steps that are speech, out of the probabilities of all; a short sound at the end may go on behind it."""
+        is_speech = speech >= self.threshold
+        if in_steps(self.min_speech_duration_ms) > 1:
+            edges = np.flatnonzero(np.diff(is_speech, prepend=False, append=False))
+            for first, end in zip(edges[::2], edges[1::2]):
+                if end - first < in_steps(self.min_speech_duration_ms) and end < len(speech):
+                    is_speech[first:end] = False
+        return np.flatnonzero(is_speech)
+
+
+def in_steps(milliseconds: float) -> int:
+    return round(milliseconds * SAMPLE_RATE / 1000 / STEP)
+
+
+DEFAULT_VAD = VadOptions()
 
 
 @dataclass(frozen=True)
@@ -51,6 +121,7 @@ class Chunk:
     seek: int
     samples: np.ndarray  # [n], n <= 480,000
     speech: np.ndarray  # [n / 2560], probabilities
+    vad: VadOptions = DEFAULT_VAD
 
     @property
     def size(self) -> int:
@@ -59,44 +130,46 @@ class Chunk:
 
     def has_speech(self, seek: int) -> bool:
         """Whether there is speech from this spectrogram frame on."""
-        return bool((self.speech[-(-(seek - self.seek) * HOP_LENGTH // STEP) :] >= THRESHOLD).any())
+        return bool((self.speech[-(-(seek - self.seek) * HOP_LENGTH // STEP) :] >= self.vad.threshold).any())
 
     def from_speech(self) -> Chunk | None:
         """This from its first speech on, or all of it where that comes soon; None without speech."""
-        loud = np.flatnonzero(self.speech >= THRESHOLD)
+        loud = self.vad.loud(self.speech)
         if not len(loud):
             return None
-        first = max(int(loud[0]) - PADDING, 0)
+        first = max(int(loud[0]) - self.vad.padding, 0)
         return self if first <= SOON else self.rest(self.seek + first * STEP // HOP_LENGTH)
 
     def rest(self, seek: int) -> Chunk:
         """What is left from this spectrogram frame on."""
         first = (seek - self.seek) * HOP_LENGTH
-        return Chunk(seek, self.samples[first:], self.speech[first // STEP :])
+        return replace(self, seek=seek, samples=self.samples[first:], speech=self.speech[first // STEP :])
 
 
-def cut(reader: SampleReader, end: int | None, drop_silence: bool) -> Iterator[Chunk | Skip]:
+def cut(
+    reader: SampleReader, end: int | None, drop_silence: bool, vad: VadOptions = DEFAULT_VAD
+) -> Iterator[Chunk | Skip]:
     """Cut what comes from the reader, up to its sample `end`, into windows; with `drop_silence`, leave silence out.
 
-    A window that can't hold the rest ends in the latest pause of its last ten seconds. Windows don't overlap, and
+    A window that can't hold the rest ends in the latest pause of its last third. Windows don't overlap, and
     together with the skips they cover everything.
     """
-    heard = _Buffer(reader, end)
+    heard = _Buffer(reader, end, vad)
     while heard.fill():
         if drop_silence:
             if (skip := _skip_silence(heard)) is not None:
                 yield skip
             if not heard.fill():
                 break
-        steps = _window(heard.speech, heard.ended)
-        yield heard.take(steps - (_trailing_silence(heard.speech[:steps]) if drop_silence else 0))
+        steps = _window(heard.speech, heard.ended, vad)
+        yield heard.take(steps - (_trailing_silence(heard.speech[:steps], vad) if drop_silence else 0))
 
 
 class _Buffer:
     """What was read and judged, and not yet taken: at least 30 s, where there is as much."""
 
-    def __init__(self, reader: SampleReader, end: int | None):
-        self.reader, self.end = reader, end
+    def __init__(self, reader: SampleReader, end: int | None, vad: VadOptions):
+        self.reader, self.end, self.vad = reader, end, vad
         self.start = reader.position  # in samples, of what is in here
         self.samples = self.before = np.zeros(0, np.float32)
         self.speech = np.zeros(0, np.float32)  # of each step
@@ -117,7 +190,7 @@ class _Buffer:
         return bool(len(self.samples))
 
     def take(self, steps: int) -> Chunk:
-        chunk = Chunk(self.start // HOP_LENGTH, self.samples[: steps * STEP], self.speech[:steps])
+        chunk = Chunk(self.start // HOP_LENGTH, self.samples[: steps * STEP], self.speech[:steps], self.vad)
         self.start += len(chunk.samples)
         self.samples, self.speech = self.samples[steps * STEP :], self.speech[steps:]
         return chunk
@@ -125,33 +198,34 @@ class _Buffer:
 
 def _skip_silence(heard: _Buffer) -> Skip | None:
     """Go on to where speech starts."""
-    start = heard.start
+    start, vad = heard.start, heard.vad
     while heard.fill():
-        loud = np.flatnonzero(heard.speech >= THRESHOLD)
+        loud = vad.loud(heard.speech)
         if len(loud):
-            silent = max(int(loud[0]) - PADDING, 0)
-            if silent >= MIN_SILENCE or heard.start > start:
+            silent = max(int(loud[0]) - vad.padding, 0)
+            if silent >= vad.min_silence or heard.start > start:
                 heard.take(silent)
             break
-        heard.take(len(heard.speech) - (0 if heard.ended else PADDING))
+        heard.take(len(heard.speech) - (0 if heard.ended else min(vad.padding, len(heard.speech) - 1)))
     return Skip(start / SAMPLE_RATE, heard.start / SAMPLE_RATE, "no voice") if heard.start > start else None
 
 
-def _trailing_silence(speech: np.ndarray) -> int:
+def _trailing_silence(speech: np.ndarray, vad: VadOptions) -> int:
     """Steps that can be left out at the end."""
-    loud = np.flatnonzero(speech >= THRESHOLD)
-    silent = len(speech) - 1 - int(loud[-1]) - PADDING if len(loud) else 0
-    return silent if silent >= MIN_SILENCE else 0
+    loud = vad.loud(speech)
+    silent = len(speech) - 1 - int(loud[-1]) - vad.padding if len(loud) else 0
+    return silent if silent >= vad.min_silence else 0
 
 
-def _window(speech: np.ndarray, ended: bool) -> int:
+def _window(speech: np.ndarray, ended: bool, vad: VadOptions) -> int:
     """Steps of the next window: all that is left, or up to its latest pause, or else its quietest moment."""
-    if ended and len(speech) <= LONGEST_WINDOW:
+    longest, shortest = vad.longest_window, vad.shortest_window
+    if ended and len(speech) <= longest:
         return len(speech)
     # how much speech there is around each border between two steps
-    around = np.convolve(speech[: LONGEST_WINDOW + 2], [0.5, 1.0, 1.0, 0.5], mode="valid")[SHORTEST_WINDOW - 2 :]
+    around = np.convolve(speech[: longest + 2], [0.5, 1.0, 1.0, 0.5], mode="valid")[shortest - 2 :]
     pauses = np.flatnonzero(around < PAUSE)
-    return SHORTEST_WINDOW + int(pauses[-1] if len(pauses) else around.argmin())
+    return shortest + int(pauses[-1] if len(pauses) else around.argmin())
 
 
 @cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.command_line import run
 from helpers.models import FAST, SURE, heard, pair
-from helpers.sound import noise, write_wav
+from helpers.sound import bursts, hiss, noise, write_wav
 
 import dawhisper
 from dawhisper import batched, vad, window
@@ -33,17 +33,6 @@ def by_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' sounds are no speech, which Silero knows; and it may not be installed."""
     for module in (vad, batched):
         monkeypatch.setattr(module, "detector", lambda: vad.loudness)
-
-
-def hiss(seconds: float, seed: int = 0) -> np.ndarray:
-    """Noise without pauses."""
-    return np.random.default_rng(seed).standard_normal(round(seconds * 16000)).astype(np.float32) * 0.1
-
-
-def bursts(*seconds: float) -> np.ndarray:
-    """Hiss for seconds[0], silence for seconds[1], noise for seconds[2], ..."""
-    parts = [hiss(s, seed=i) if i % 2 == 0 else np.zeros(round(s * 16000), np.float32) for i, s in enumerate(seconds)]
-    return np.concatenate(parts)
 
 
 def pieces(audio: np.ndarray, drop_silence: bool = False) -> list[Chunk | Skip]:

@@ -208,7 +208,9 @@ def transcribe_together(
     """
     # where speech starts late, the window is not what tells the language
     given = options.decoding.language is not None or not model.is_multilingual
-    are_known = [given or first_speech(samples, [(0, len(samples) // HOP_LENGTH)])[0] == 0 for samples in clips]
+    are_known = [
+        given or first_speech(samples, [(0, len(samples) // HOP_LENGTH)], options.vad)[0] == 0 for samples in clips
+    ]
     tokenizer = model_tokenizer(model, options.decoding.language or "en", options.decoding.task)
     prompt = Prompt.of(model, tokenizer, options).tokens(options)
     mel = last_windows(model, clips)

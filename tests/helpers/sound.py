@@ -18,6 +18,17 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.where(np.arange(len(audio)) // 20000 % 3 > 0, audio, audio / 100)
 
 
+def hiss(seconds: float, seed: int = 0) -> np.ndarray:
+    """Noise without pauses."""
+    return np.random.default_rng(seed).standard_normal(round(seconds * 16000)).astype(np.float32) * 0.1
+
+
+def bursts(*seconds: float) -> np.ndarray:
+    """Hiss for seconds[0], silence for seconds[1], noise for seconds[2], ..."""
+    parts = [hiss(s, seed=i) if i % 2 == 0 else np.zeros(round(s * 16000), np.float32) for i, s in enumerate(seconds)]
+    return np.concatenate(parts)
+
+
 def write_wav(path: Path, audio: np.ndarray, rate: int = 16000) -> Path:
     with wave.open(str(path), "wb") as f:
         f.setnchannels(1 if audio.ndim == 1 else audio.shape[1])
