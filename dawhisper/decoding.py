@@ -20,12 +20,14 @@ from whisper.utils import compression_ratio
 
 from dawhisper.fast.cache import open_cache
 
+from . import ranking
 from .errors import OptionError, near_names
 from .hotwords import Hotwords, prefix_tree, terms_of
 from .kv_cache import KVCache
 from .model import AudioFeatures, Whisper
 from .options import option
-from .search import NEVER, BeamSearch, Candidates, Sampling, Search, by_length
+from .ranking import Alternative, Candidate, by_risk, n_best, ranked_candidates
+from .search import NEVER, BeamSearch, Candidates, Sampling, Search
 
 OTHER_CODES = {  # older, wider or narrower codes of languages -> Whisper's
     "cmn": "zh",
@@ -55,6 +57,7 @@ class DecodingOptions:
     length_penalty: alpha of Wu et al., arXiv:1609.08144; None divides by the length.
     hotwords: terms to favour, a list or a string with commas, spelled as they are to be written; hotword_strength:
         what each of their tokens gains in log probability (hotwords.py).
+    rerank: "mbr" takes, at temperature 0, the text of least expected edit distance to a few samples (ranking.py).
     n_best: how many different texts of a window are given, best first, out of its beams or samples.
     prompt: earlier text, or its tokens; prefix: the beginning of this window's text, or its tokens.
     suppress_tokens: ids never sampled, "-1" adds the non-speech symbols; suppress_blank: no empty start;
@@ -73,6 +76,9 @@ class DecodingOptions:
     length_penalty: float | None = option(None, "alpha of arXiv:1609.08144; None divides by the length")
     hotwords: str | Sequence[str] | None = option(None, "names and terms to listen for, with commas; or a file of them")
     hotword_strength: float = option(HOTWORD_STRENGTH, "what each token of a hotword gains in log probability")
+    rerank: str | None = option(
+        None, "mbr: of beams and samples the text nearest to all samples; takes longer", choices=["mbr"]
+    )
     n_best: int | None = option(None, "also give the N best texts of each window, out of its beams or samples (json)")
     prompt: str | list[int] | None = None
     prefix: str | list[int] | None = None
@@ -103,21 +109,14 @@ class DecodingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1, not {value}")
+        if self.rerank not in (None, "mbr"):
+            raise OptionError(f"rerank is mbr or None, not {self.rerank!r}")
         if not 0 <= self.hotword_strength < math.inf:
             raise OptionError(f"hotword_strength is 0 or more, not {self.hotword_strength}")
         if self.length_penalty is not None and not 0 <= self.length_penalty <= 1:
             raise OptionError(f"length_penalty lies between 0 and 1, not {self.length_penalty}")
         if self.patience is not None and round(cast(int, self.beam_size) * self.patience) < 1:
             raise OptionError(f"patience {self.patience} leaves no candidate; use 1.0 or more")
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """One of the texts of a window; score: its log probability by length, as candidates are ranked by."""
-
-    text: str
-    score: float
-    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -375,11 +374,20 @@ def _decode_cached(
     if options.task == "lang_id":
         return [DecodingResult(*fields) for fields in zip(each, languages, probs_of)]
 
+    drawn = None
+    if options.rerank and options.temperature == 0:
+        drawn = _draw(model, features, tokens, sot_index, len(first), tokenizer, options)
     found, no_speech = _generate(model, cache, tokens, sot_index, len(first), tokenizer, options)
+
+    def of_window(i: int, found: Candidates) -> list[Candidate]:
+        mine = Candidates(*(x[i] for x in found))
+        return ranked_candidates(mine, len(first), tokenizer.eot, options.length_penalty)
 
     results = []
     for i in range(windows):
-        ranked = ranked_candidates(Candidates(*(x[i] for x in found)), len(first), tokenizer.eot, options)
+        ranked = of_window(i, found)
+        if drawn is not None:
+            ranked = by_risk(ranked, of_window(i, drawn), tokenizer)
         best, logprobs, _ = ranked[0]
         text = tokenizer.decode(best).strip()
         results.append(
@@ -398,33 +406,6 @@ def _decode_cached(
             )
         )
     return results
-
-
-def ranked_candidates(
-    found: Candidates, begin: int, eot: int, options: DecodingOptions
-) -> list[tuple[list[int], list[float], float]]:
-    """A window's candidates [N, L], best first: tokens from `begin` to <|endoftext|>, log probabilities, and score.
-
-    The log probabilities are those of the tokens and, where it was reached, of <|endoftext|>.
-    """
-    made: list[tuple[list[int], list[float], float]] = []
-    for row, logprobs, score in zip(*(x.tolist() for x in found)):
-        if score > NEVER or not made:
-            tokens = trimmed(row[begin:], eot)
-            of_tokens = logprobs[begin : begin + len(tokens) + 1]
-            made.append((tokens, of_tokens, by_length(score, len(tokens), options.length_penalty)))
-    return sorted(made, key=lambda candidate: -candidate[2])
-
-
-def n_best(
-    ranked: Sequence[tuple[list[int], list[float], float]], count: int, tokenizer: Tokenizer
-) -> list[Alternative]:
-    """Up to `count` alternatives of ranked candidates; of those that differ in their time stamps alone, the best."""
-    texts: dict[str, Alternative] = {}
-    for tokens, _, score in ranked:
-        text = tokenizer.decode(tokens).strip()
-        texts.setdefault(text, Alternative(text, score, tokens))
-    return list(texts.values())[:count]
 
 
 def _generate(
@@ -475,6 +456,24 @@ def _generate(
     return Candidates(*(x.cpu() for x in found)), no_speech.tolist()
 
 
+def _draw(
+    model: Whisper,
+    features: AudioFeatures,
+    tokens: Tensor,
+    sot_index: int,
+    begin: int,
+    tokenizer: Tokenizer,
+    options: DecodingOptions,
+) -> Candidates:
+    """Samples of each window, behind the first `begin` of its tokens [B, L]."""
+    drawing = replace(
+        options, temperature=ranking.TEMPERATURE, best_of=ranking.SAMPLES, beam_size=None, patience=None, rerank=None
+    )
+    with open_cache(model.decoder, features, ranking.SAMPLES, tokens.shape[1] - 1) as cache:
+        found, _ = _generate(model, cache, tokens.clone(), sot_index, begin, tokenizer, drawing)
+    return found
+
+
 def favoured(model: Whisper, tokenizer: Tokenizer, options: DecodingOptions, rows: int) -> Hotwords | None:
     """The hotwords asked for, None where there are none."""
     terms = terms_of(options.hotwords)
@@ -499,8 +498,3 @@ def sample_windows(model: Whisper, features: AudioFeatures, first: Tensor, optio
     with open_cache(model.decoder, features, options.best_of or 1, max_length - 1) as cache:
         found, _ = _generate(model, cache, tokens, 0, begin, tokenizer, options)
     return found.tokens
-
-
-def trimmed(tokens: list[int], eot: int) -> list[int]:
-    """The tokens before <|endoftext|>."""
-    return tokens[: tokens.index(eot)] if eot in tokens else tokens

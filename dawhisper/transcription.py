@@ -19,9 +19,10 @@ from whisper.tokenizer import Tokenizer
 from whisper.utils import format_timestamp
 
 from .console import show
-from .decoding import Alternative, DecodingOptions, asked_language
+from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
 from .options import option
+from .ranking import Alternative
 from .timing import Word
 from .vad import DEFAULT_VAD, Skip, VadOptions
 

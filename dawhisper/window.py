@@ -17,8 +17,9 @@ from whisper.tokenizer import LANGUAGES, Tokenizer
 
 from .audio import log_mel_spectrogram, pad_or_trim
 from .console import show
-from .decoding import Alternative, DecodingOptions, DecodingResult, decode_windows, detect_language, model_tokenizer
+from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, model_tokenizer
 from .model import AudioFeatures, Whisper
+from .ranking import Alternative
 from .timing import TimedText, Word, add_word_times, find_alignment
 from .transcription import NBest, Recording, Segment, TranscribeOptions
 from .vad import Skip

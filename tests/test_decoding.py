@@ -10,6 +10,7 @@ import whisper
 from helpers.models import MULTILINGUAL, VARIANTS, mels, pair, talkative, trained
 from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
 
+from dawhisper import ranking
 from dawhisper.decoding import (
     DecodingOptions,
     Rules,
@@ -276,3 +277,22 @@ def test_n_best(case: str) -> None:
         assert 1 < len(texts) <= 3 and len(set(texts)) == len(texts)
         scores = [each.score for each in got.alternatives]
         assert scores == sorted(scores, reverse=True)
+
+
+def test_least_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of beams and samples the text nearest to the samples, and its own log probabilities; beams alone otherwise."""
+    model = talkative(trained(DualOptions()))
+    options = DecodingOptions(language="en", sample_len=8, beam_size=3, rerank="mbr", n_best=3)
+    monkeypatch.setattr(ranking, "SAMPLES", 4)
+    torch.manual_seed(0)
+    for got in decode(model, mels(2), options):
+        assert len(got.tokens) == len(got.logprobs) and got.alternatives[0].text == got.text
+    assert ranking.risks(["abc", "abd", "xyz"], ["abd", "abe"]).tolist() == [1.0, 0.5, 3.0]
+    ranked = [([500], [-0.1], -0.1), ([600], [-0.2], -0.2)]
+    samples = [([600], [-0.2], -0.2), ([700], [-0.3], -0.3), ([600], [-0.2], -0.2)]
+    assert ranking.by_risk(ranked, samples, model_tokenizer(model))[0] == ranked[1]
+    assert (
+        ranking.by_risk(ranked, ranked, model_tokenizer(model))[0] == ranked[0]
+    )  # what is equally far stays in its order
+    with pytest.raises(OptionError, match="rerank is mbr or None"):
+        DecodingOptions(rerank="vote").verify()
