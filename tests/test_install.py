@@ -30,7 +30,7 @@ CODE = {
     "serve": ["dawhisper/serve"],
     "stream": ["dawhisper/serve/sources.py"],
     "export": ["dawhisper/tools/export.py", "dawhisper/formats/onnx.py"],
-    "plot": ["dawhisper/evaluation/figures.py", "dawhisper/tools/visualize.py"],
+    "plot": ["dawhisper/evaluation/figures.py", "dawhisper/tools/view_figures.py"],
     "bench": ["dawhisper/evaluation/recognizers.py", "dawhisper/tools/bench.py", "dawhisper/formats/huggingface.py"],
     "vad": ["dawhisper/vad.py"],
     "test": ["tests"],

@@ -1,18 +1,18 @@
-"""What a model heard, as one picture: spectrogram, words, the gate and both attention maps over one time axis.
+"""What a model heard, as one picture: the gate, the spectrogram, and both attention maps over one time axis.
 
-`look` gives the numbers, `write_views` their files: JSON, a page that can be zoomed (HTML, nothing is fetched), PNG,
-and a PNG of the gate alone.
+`look` gives the numbers (view.py), `write_views` their files: JSON, a page that plays the sound and can be zoomed
+(HTML, nothing is fetched), PNG, and a PNG of the gate alone (view_figures.py).
 W words, T encoder positions of 20 ms, L decoder layers.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-import re
-import textwrap
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from whisper.audio import FRAMES_PER_SECOND, N_SAMPLES, SAMPLE_RATE, TOKENS_PER_
 from whisper.timing import merge_punctuations
 from whisper.tokenizer import Tokenizer
 
-from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim
+from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim, to_int16
 from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from dawhisper.decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
 from dawhisper.device import DEVICE_HELP
@@ -38,9 +38,11 @@ from dawhisper.trace import Trace
 from dawhisper.training.losses import noise_dominance
 from dawhisper.transcription import TranscribeOptions
 
+from .view import View, changes, notes, pitches
+
 PICTURE_FORMATS = ("html", "json", "png")
 GATE_ALONE = "gate.png"  # a fourth format, written where it is asked for
-JSON_VERSION = 1
+JSON_VERSION = 2
 SAME_SPEECH = 0.05  # correlation of a recording and its clean version: 0.3 at -10 dB, less where they don't belong
 
 
@@ -82,32 +84,6 @@ class VisualizeOptions:
         formats = ("all", *PICTURE_FORMATS, GATE_ALONE)
         if self.output_format not in formats:
             raise OptionError(f"unknown format {self.output_format!r}; use {', '.join(formats)}")
-
-
-@dataclass(frozen=True)
-class View:
-    """A recording as a model heard it; times in seconds from its own start.
-
-    primary, secondary: attention [W, T] while a word was written, mean over heads and chosen layers, each row summing
-        to 1; gate: the primary branch's share a, [W, L]. secondary and gate are None for single-branch models.
-    noise: the noise's true share of the energy at each position [T], None where it is not known.
-    """
-
-    title: str
-    text: str
-    language: str
-    seconds: float
-    spectrogram: Tensor  # [n_mels, frames of 10 ms], log-mel as the model gets it
-    words: list[Word]
-    primary: Tensor
-    secondary: Tensor | None = None
-    gate: Tensor | None = None
-    noise: Tensor | None = None
-
-    def on_noise(self, attention: Tensor) -> float:
-        """Share of an attention map [W, T] that falls where noise is louder than speech."""
-        assert self.noise is not None
-        return float((attention * (self.noise > 0.5)).sum() / attention.sum())
 
 
 def visualize(options: VisualizeOptions) -> list[Path]:
@@ -204,6 +180,7 @@ def look(model: Whisper, audio: np.ndarray, title: str, options: VisualizeOption
         secondary=attention_map(trace.secondary, layers, rows, positions) if model.dual else None,
         gate=by_word(torch.stack([trace.gate[i][0] for i in sorted(trace.gate)], dim=1), rows) if model.dual else None,
         noise=noise,
+        audio=audio,
     )
 
 
@@ -270,42 +247,6 @@ def by_word(x: Tensor, rows: list[slice]) -> Tensor:
     return torch.stack([x[row].float().mean(dim=0) for row in rows]).cpu()
 
 
-# ---- explaining ---------------------------------------------------------------------------------------------------
-
-
-def changed_words(view: View, other: View) -> set[int]:
-    """Which words of a view the other one has not, or not at this place; case and punctuation aside."""
-    heard, before = ([re.sub(r"\W", "", w.word).lower() for w in v.words] for v in (view, other))
-    same = SequenceMatcher(None, before, heard, autojunk=False).get_matching_blocks()
-    return set(range(len(heard))) - {i for block in same for i in range(block.b, block.b + block.size)}
-
-
-def changes(views: Sequence[View]) -> list[set[int]]:
-    """For each view the words that are heard otherwise than in the first."""
-    return [changed_words(view, views[0]) for view in views]
-
-
-def how_to_read(views: Sequence[View]) -> list[str]:
-    """What a newcomer has to know to read the picture, a sentence or two each."""
-    told = ["Spectrogram: the sound, time to the right, pitch upwards; the brighter, the louder."]
-    first = views[0]
-    if first.secondary is not None and first.gate is not None:
-        told.append(
-            "Gate: how the two branches are mixed for each word and decoder layer; 1 is the primary branch alone."
-        )
-        if torch.allclose(first.primary, first.secondary, atol=1e-4) and float(first.gate.std()) < 1e-4:
-            told.append(
-                "This model's second branch is untrained: a copy of the primary one, with the same gate everywhere."
-            )
-    told.append(
-        "Attention: each row is a word, dark where the model listens to write it; the line under it shows when it was "
-        "spoken. A stripe through all rows is a moment that every word listens to, often a pause."
-    )
-    if any(changes(views)):
-        told.append("Words in red are heard otherwise than without the noise.")
-    return told
-
-
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
@@ -319,9 +260,11 @@ def write_views(views: Sequence[View], model: str, stem: Path, output_format: st
         if name == "json":
             path.write_text(data + "\n", encoding="utf-8")
         elif name == "html":
-            path.write_text(as_html(data), encoding="utf-8")
+            path.write_text(as_html(data, views), encoding="utf-8")
         else:
             try:
+                from .view_figures import draw_gates, draw_views
+
                 figure = draw_gates(views) if name == GATE_ALONE else draw_views(views, model)
             except ModuleNotFoundError as e:
                 if output_format != "all":
@@ -339,7 +282,8 @@ def view_values(views: Sequence[View], model: str) -> dict[str, Any]:
         "model": model,
         "frame_seconds": 1 / FRAMES_PER_SECOND,
         "position_seconds": 1 / TOKENS_PER_SECOND,
-        "how_to_read": how_to_read(views),
+        "notes": notes(views),
+        "pitches": pitches(len(views[0].spectrogram)),  # kHz and band
         "views": [_view(view, changed) for view, changed in zip(views, changes(views))],
     }
 
@@ -378,158 +322,19 @@ def _rounded(x: Tensor, digits: int) -> list[Any]:
     return np.round(x.double().numpy(), digits).tolist()
 
 
-def as_html(data: str) -> str:
-    """One page with the data in it; it loads nothing from anywhere."""
+def as_html(data: str, views: Sequence[View]) -> str:
+    """One page with the data and the sound in it; it loads nothing from anywhere."""
     page = files(__package__).joinpath("visualize.html").read_text(encoding="utf-8")
-    return page.replace("/*DATA*/null", data.replace("<", "\\u003c"))
+    sounds = json.dumps([None if view.audio is None else as_data_uri(view.audio) for view in views])
+    return page.replace("/*DATA*/null", data.replace("<", "\\u003c")).replace("/*SOUNDS*/null", sounds)
 
 
-# ---- the picture --------------------------------------------------------------------------------------------------
-
-PRIMARY, SECOND, CHANGED = "#1f5fa8", "#d1590f", "#c8102e"  # the branches have their colours in every panel
-NOISE = "#3c3c3c"
-
-
-def draw_views(views: Sequence[View], model: str) -> Any:
-    """A matplotlib Figure, a column for each view. ModuleNotFoundError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    dual = views[0].gate is not None
-    words = max(len(v.words) for v in views)
-    width = min(22.0, max(9.0, 0.35 * words + 3))  # inches, of a column
-    attention = max(4.0, 0.15 * words)
-    heights = [2.5, 2.0, attention, attention] if dual else [2.5, attention]
-    figure = Figure(figsize=(width * len(views), sum(heights) + 3.5), layout="constrained")
-    figure.suptitle(f"What {model} hears, and where it listens", fontsize=15, fontweight="bold")
-    lines = [line for told in how_to_read(views) for line in textwrap.wrap(told, round(12 * width * len(views)))]
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=10)
-    panels = figure.subplots(len(heights), len(views), squeeze=False, height_ratios=heights)
-    strip = any(v.noise is not None for v in views)
-    for column, view, changed in zip(panels.T, views, changes(views)):
-        _draw_spectrogram(view, column[0], strip, round(9 * width))
-        _draw_branches(view, column[1:], figure)
-        for axes in column:
-            axes.set_xlim(0, view.seconds)
-            for word in view.words:
-                axes.axvline(word.start, color="#888888", linewidth=0.5, alpha=0.5)
-        column[-1].set_xlabel("seconds")
-        _mark(changed, column, view)
-    return figure
-
-
-def _draw_branches(view: View, panels: Sequence[Any], figure: Any) -> None:
-    """The gate, and where each branch listens; for a single-branch model its one map."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    blues, oranges = (
-        LinearSegmentedColormap.from_list(name, ["white", colour, dark])
-        for name, colour, dark in (("primary", PRIMARY, "#0b2545"), ("second", SECOND, "#4a1c02"))
-    )
-    if view.secondary is None or view.gate is None:
-        _draw_attention(view, view.primary, panels[0], "Where the cross-attention listens", blues)
-        return
-    _draw_scale(figure, _draw_gate(view, view.gate, panels[0]), panels[0])
-    _draw_attention(view, view.primary, panels[1], "Where the primary branch listens", blues)
-    _draw_attention(view, view.secondary, panels[2], "Where the second branch listens", oranges)
-
-
-def _mark(changed: set[int], panels: Sequence[Any], view: View) -> None:
-    """Colour the names of changed words, above the spectrogram and beside the maps."""
-    above = panels[0].child_axes[0].get_xticklabels()
-    beside = [axes.get_yticklabels() for axes in panels[1 if view.secondary is None else 2 :]]
-    for labels in (above, *beside):
-        for i in changed:
-            labels[i].set_color(CHANGED)
-
-
-def _draw_spectrogram(view: View, axes: Any, strip: bool, columns: int) -> None:
-    """The spectrogram under its words and text, lines of up to `columns` characters.
-
-    strip: leave room below it for where the noise truly was.
-    """
-    bands = len(view.spectrogram)
-    extent = (0, view.spectrogram.shape[1] / FRAMES_PER_SECOND, 0, bands)
-    axes.imshow(view.spectrogram.numpy(), origin="lower", aspect="auto", extent=extent, cmap="magma")
-    lines = textwrap.wrap(f"heard ({view.language}): “{view.text}”", columns)
-    lines = lines if len(lines) <= 3 else [*lines[:2], lines[2] + " …"]
-    axes.set_title("\n".join([view.title, *lines]), loc="left", fontsize=11, pad=8)
-    _write_words(view, axes)
-    ticks = {0: "low pitch", bands: "high pitch"}
-    if strip:
-        axes.set_ylim(-0.15 * bands, bands)
-        louder = view.noise > 0.5 if view.noise is not None else torch.zeros(1, dtype=torch.bool)
-        for position in louder.nonzero().flatten().tolist():
-            start = position / TOKENS_PER_SECOND
-            axes.axvspan(start, start + 1 / TOKENS_PER_SECOND, 0.02, 0.1, color=NOISE, linewidth=0)
-        ticks[-round(0.1 * bands)] = "noise is louder\nthan speech" if view.noise is not None else "no noise"
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
-
-
-def _draw_attention(view: View, attention: Tensor, axes: Any, title: str, colours: Any) -> None:
-    """Each row to its own largest value, so that faint words are seen as well."""
-    shown = attention / attention.amax(dim=1, keepdim=True)
-    extent = (0, attention.shape[1] / TOKENS_PER_SECOND, len(attention), 0)
-    axes.imshow(shown.numpy(), aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
-    for row, word in enumerate(view.words):  # where the word was spoken
-        axes.plot([word.start, word.end], [row + 1, row + 1], color="black", linewidth=1.2, solid_capstyle="butt")
-    axes.set_yticks(np.arange(len(view.words)) + 0.5, [w.word for w in view.words], fontsize=8)
-    axes.set_ylabel("word being written")
-    if view.noise is not None:
-        shares = 100 * view.on_noise(attention), 100 * float((view.noise > 0.5).float().mean())
-        title += "\n{:.0f}% of it where noise is louder than speech, which is {:.0f}% of the time".format(*shares)
-    axes.set_title(title, loc="left", fontsize=10)
-
-
-def _write_words(view: View, axes: Any) -> None:
-    """The words above a panel, each at the middle of its time."""
-    words = axes.secondary_xaxis("top")
-    words.set_xticks([(w.start + w.end) / 2 for w in view.words], [w.word for w in view.words])
-    words.tick_params(rotation=55, labelsize=9, length=2)
-    for label in words.get_xticklabels():
-        label.set(ha="left", rotation_mode="anchor")
-
-
-def _draw_gate(view: View, gate: Tensor, axes: Any) -> Any:
-    """A rectangle for each word and layer, as wide as the word is long."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    colours = LinearSegmentedColormap.from_list("gate", [SECOND, "#f4f1ea", PRIMARY])
-    layers = gate.shape[1]
-    for column, word in zip(gate, view.words):
-        extent = (word.start, max(word.end, word.start + 0.02), -0.5, layers - 0.5)
-        image = axes.imshow(
-            column[:, None].numpy(), origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1
-        )
-    axes.set(ylim=(-0.5, layers - 0.5), ylabel="decoder layer", facecolor="#dddddd")
-    axes.set_yticks(range(0, layers, max(1, layers // 6)))
-    axes.set_title(
-        f"Gate: which branch each word is read with, by layer (mean {float(gate.mean()):.2f}; grey: no word)",
-        loc="left",
-        fontsize=10,
-    )
-    return image
-
-
-def _draw_scale(figure: Any, image: Any, axes: Any) -> None:
-    bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=60, pad=0.02, ticks=[0, 0.5, 1])
-    bar.ax.set_xticklabels(["0: second branch alone", "0.5: both alike", "1: primary branch alone"])
-
-
-def draw_gates(views: Sequence[View]) -> Any:
-    """A matplotlib Figure of the words and the gate alone, a row for each view. OptionError for a single branch."""
-    from matplotlib.figure import Figure
-
-    if any(view.gate is None for view in views):
-        raise OptionError("this model has one branch, so no gate; give one with two, as dawhisper-base is")
-    words = max(len(v.words) for v in views)
-    figure = Figure(figsize=(min(16.0, max(7.0, 0.4 * words)), 2.2 * len(views) + 0.4), layout="constrained")
-    panels = figure.subplots(len(views), 1, squeeze=False)[:, 0]
-    for view, changed, axes in zip(views, changes(views), panels):
-        assert view.gate is not None
-        image = _draw_gate(view, view.gate, axes)
-        _write_words(view, axes)
-        axes.set_title(f"{view.title}: gate {float(view.gate.mean()):.2f} on average", loc="left", fontsize=11, pad=8)
-        axes.set_xlim(0, view.seconds)
-        _mark(changed, [axes], view)
-    _draw_scale(figure, image, panels[-1])
-    return figure
+def as_data_uri(audio: np.ndarray) -> str:
+    """Samples [n] at 16 kHz as a WAV file that a page can hold."""
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(to_int16(audio).tobytes())
+    return "data:audio/wav;base64," + base64.b64encode(out.getvalue()).decode()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.browser import chromium, needs_chromium, phone, set_scheme
 from helpers.models import pair
 from helpers.server import Running, running, start, wav
 from websockets.sync.client import connect
@@ -20,10 +19,7 @@ import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.model import Whisper
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here: apt-get install chromium chromium-driver"
-)
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +38,11 @@ def server(tiny_en_path: Path) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Iterator[object]:
     """A Chromium whose microphone plays the speech clip, over and over."""
-    from selenium import webdriver
-
     speech = tmp_path_factory.mktemp("mic") / "speech.wav"
     speech.write_bytes(wav(np.pad(load_audio(assets / "speech.opus"), (8000, 16000))))
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--use-fake-ui-for-media-stream",
-        "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-audio-capture={speech}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(30)
-    yield driver
-    driver.quit()
+    microphone = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+    with chromium(*microphone, f"--use-file-for-fake-audio-capture={speech}") as driver:
+        yield driver
 
 
 class Page:
@@ -103,13 +84,6 @@ class Page:
               return n;
             }})()"""
         )
-
-    @contextlib.contextmanager
-    def phone(self) -> Iterator[None]:
-        size = {"width": 375, "height": 812, "deviceScaleFactor": 2, "mobile": True}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[attr-defined]
-        yield
-        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]
 
     def press(self, *keys: str) -> None:
         from selenium.webdriver import ActionChains
@@ -155,7 +129,7 @@ def test_a_file_with_two_models(server: Running, browser: object, assets: Path, 
     assert all(page.colours(i, "--done") > 1000 for i in (0, 1))
     elsewhere = "performance.getEntriesByType('resource').filter((r) => !r.name.startsWith(location.origin)).length"
     assert page.run(elsewhere) == 0
-    with page.phone():
+    with phone(browser):
         assert page.run("innerWidth") == 375
         assert page.run("document.documentElement.scrollWidth") == 375
         small = "[...document.querySelectorAll('button:not(.time), select, #prompt, #drop')].map((e) => e.offsetHeight)"
@@ -183,8 +157,7 @@ def test_the_microphone(server: Running, browser: object, tmp_path: Path) -> Non
 
 def test_a_sample_in_noise_is_played_and_compared(server: Running, browser: object, tmp_path: Path) -> None:
     page = Page(browser, server.url)
-    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)  # type: ignore[attr-defined]
+    set_scheme(browser, "dark")
     page.element("#sample").click()  # type: ignore[attr-defined]
     page.until("document.getElementById('player').currentTime > 0")
     page.until("document.querySelectorAll('.spoken').length || document.getElementById('player').ended")
@@ -196,7 +169,7 @@ def test_a_sample_in_noise_is_played_and_compared(server: Running, browser: obje
     page.until("document.getElementById('player').currentTime > 0.5")
     page.run("document.querySelector('.result').scrollIntoView()")
     page.picture("sample", tmp_path)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[attr-defined]
+    set_scheme(browser)
     differ = "import('/text.js').then((m) => m.differences(['So', 'it', 'is.'], ['so', 'is', 'it', 'not']))"
     places = page.run(f"{differ}.then((sets) => sets.map((s) => [...s]))")
     assert places in ([[1], [2, 3]], [[2], [1, 3]])

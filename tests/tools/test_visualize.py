@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +15,16 @@ import torch
 from helpers.command_line import run
 from helpers.models import DUALS, pair, talkative, trained
 from helpers.sound import noise, write_wav
+from whisper.audio import mel_filters
 
 from dawhisper import DualOptions, load_audio, load_model, save_model
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
 from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import Whisper
-from dawhisper.timing import Word
-from dawhisper.tools.visualize import (
-    View,
-    VisualizeOptions,
-    changed_words,
-    draw_gates,
-    draw_views,
-    how_to_read,
-    look,
-    mixed_at,
-    n_positions,
-    noise_share,
-    view_values,
-)
+from dawhisper.tools.view import View, changed_words, notes, pitches
+from dawhisper.tools.view_figures import draw_gates, draw_views
+from dawhisper.tools.visualize import VisualizeOptions, look, mixed_at, n_positions, noise_share, view_values
 from dawhisper.trace import Trace
 
 TEXT = "one two, three four"
@@ -123,29 +115,32 @@ def test_words_heard_otherwise_are_marked(dual: Whisper) -> None:
     assert not any(w["changed"] for w in first["words"])
     panels = draw_views([clean, noisy], "m").axes
     red = [t.get_text() for a in panels for t in a.get_yticklabels() if t.get_color() == "#c8102e"]
-    assert red == ["too,", "and"] * 2  # beside both maps
+    assert red == ["too,", "and"] * 3  # beside both maps and their difference
 
 
-def test_every_picture_says_how_it_is_read(dual: Whisper) -> None:
-    clean, noisy, stock = seen(dual), seen(dual, text="One too"), seen(pair()[0])
-    assert "red" in " ".join(how_to_read([clean, noisy]))
-    told = " ".join(how_to_read([clean]))
-    assert "Gate" in told
-    assert "red" not in told
-    assert "untrained" not in told
-    assert "Gate" not in " ".join(how_to_read([stock]))
-    untrained = View(
-        "",
-        "",
-        "en",
-        1.0,
-        clean.spectrogram,
-        [Word("a", 0, 1, 1)],
-        clean.primary,
-        clean.primary,
-        torch.full((4, 2), 0.8),
-    )
-    assert "untrained" in " ".join(how_to_read([untrained]))
+def test_panels_have_their_labels(dual: Whisper) -> None:
+    """The gate first, the spectrogram in kHz, both maps and their difference."""
+    clean, noisy = seen(dual), seen(dual, text="One too")
+    panels = draw_views([clean, noisy], "m").axes
+    titles = [axes.get_title(loc="left").splitlines()[-1] for axes in panels if axes.get_title(loc="left")]
+    assert [title.split(":")[0] for title in titles[::2]] == ["Gate", "Primary branch", "Second branch", "Difference"]
+    assert "in red what is heard otherwise" in panels[1].get_title(loc="left")
+    assert "in red" not in panels[0].get_title(loc="left")
+    kilohertz = next(axes for axes in panels if "kHz" in axes.get_ylabel())
+    assert [t.get_text() for t in kilohertz.get_yticklabels()] == ["0", "0.5", "1", "2", "4", "8"]
+    [difference] = panels[8].images
+    assert difference.get_array().min() < 0 < difference.get_array().max()
+    assert notes([clean]) == []
+    untrained = replace(clean, secondary=clean.primary, gate=torch.full((4, 2), 0.8))
+    assert "untrained" in notes([untrained])[0]
+
+
+def test_pitches_are_whispers() -> None:
+    """The band of a pitch is the one whose filter hears it most."""
+    filters = mel_filters("cpu", 80).numpy()
+    for kilohertz, band in pitches(80)[1:-1]:
+        loudest = filters[:, round(1000 * kilohertz / 40)].argmax()
+        assert abs(loudest + 0.5 - band) <= 1
 
 
 def test_the_gate_alone(dual: Whisper) -> None:
@@ -186,8 +181,10 @@ def test_files_of_a_clean_and_noisy_pair(model: Path, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "noisy <b>.html").read_text()
     assert not re.search(r"https?:|src=|@import|fetch\(|/\*DATA\*/", page)
     assert "<b>.wav" not in page  # a file's name can't become markup
-    inline = page.split("const data = ")[1].split(";\n")[0]
-    assert json.loads(inline) == data
+    inline, sounds = (json.loads(page.split(f"const {name} = ")[1].split(";\n")[0]) for name in ("data", "sounds"))
+    assert inline == data
+    for sound, path in zip(sounds, (clean, noisy)):  # it can be played
+        assert np.abs(load_audio(base64.b64decode(sound.split(",")[1])) - load_audio(path)).max() < 1e-3
 
 
 def test_noise_of_ones_own(model: Path, tmp_path: Path) -> None:
