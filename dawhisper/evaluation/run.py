@@ -81,7 +81,9 @@ class EvaluateOptions:
     )
     noise: Sequence[str] = option((), "recordings of noise, for the kinds real and noise-only", metavar="DIR")
     rirs: Sequence[str] = option((), "room impulse responses for reverb; made up by default", name="rir", metavar="DIR")
-    kinds: Sequence[str] = option((), f"{' '.join(CONDITION_KINDS)}; all but pink and brown by default", metavar="KIND")
+    kinds: Sequence[str] = option(
+        (), f"of {' '.join(CONDITION_KINDS)}; by default {' '.join(DEFAULT_KINDS)}", metavar="KIND"
+    )
     snrs: Sequence[float] = option(DEFAULT_SNRS, "of the noise", name="snr", metavar="DB")
     out: str = option("evaluation", "folder for the results", metavar="DIR")
     seed: int = option(0, "of the mixtures and the bootstrap")

@@ -103,11 +103,11 @@ class Log:
         values, (norm, bad_in_a_row, skipped) = dict(zip(names, numbers)), numbers[len(names) :]
         record: dict[str, float] = {"step": step}
         for name, value in values.items():
-            if not name.startswith("gate_"):
+            if "/" not in name:  # a part of the loss
                 record["loss" if name == "loss" else f"loss/{name}"] = value / (self.world.size * self.steps)
         for kind in ("clean", "noisy"):
-            if values.get(f"gate_{kind}_count"):
-                record[f"gate/{kind}"] = values[f"gate_{kind}_sum"] / values[f"gate_{kind}_count"]
+            if values.get(f"gate/{kind}_count"):
+                record[f"gate/{kind}"] = values[f"gate/{kind}_sum"] / values[f"gate/{kind}_count"]
         for group in optimizer.param_groups:
             record[f"rate/{group['name']}"] = group["lr"]
         seconds = max(self.active, 1e-9)

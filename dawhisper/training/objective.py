@@ -199,13 +199,16 @@ class Student(nn.Module):
 
 
 def mean_gate(gate: Tensor, snr_db: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The gate [L, B, n] summed over clean and over noisy windows, and how many positions that is."""
+    """The gate [L, B, n] summed over clean and over noisy windows, and how many positions that is.
+
+    The log takes names without a slash for parts of the loss.
+    """
     level = gate.float().mean(0)  # [B, n]
     clean = (snr_db == torch.inf)[:, None] & target
     noisy = (snr_db != torch.inf)[:, None] & target
     return {
-        "gate_clean_sum": (level * clean).sum(),
-        "gate_clean_count": clean.sum().float(),
-        "gate_noisy_sum": (level * noisy).sum(),
-        "gate_noisy_count": noisy.sum().float(),
+        "gate/clean_sum": (level * clean).sum(),
+        "gate/clean_count": clean.sum().float(),
+        "gate/noisy_sum": (level * noisy).sum(),
+        "gate/noisy_count": noisy.sum().float(),
     }
