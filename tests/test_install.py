@@ -33,6 +33,8 @@ CODE = {
     "plot": ["dawhisper/evaluation/figures.py", "dawhisper/tools/view_figures.py"],
     "bench": ["dawhisper/evaluation/recognizers.py", "dawhisper/tools/bench.py", "dawhisper/formats/huggingface.py"],
     "vad": ["dawhisper/vad.py"],
+    "corpora": ["dawhisper/data/corpora.py"],
+    "ray": ["dawhisper/bulk", "tests/bulk"],
     "test": ["tests"],
 }
 MODULES = {"openai-whisper": "whisper", "pyyaml": "yaml", "import-linter": "importlinter"}

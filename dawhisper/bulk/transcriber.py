@@ -107,8 +107,11 @@ def missing(paths: Iterable[str], out: str | os.PathLike[str]) -> list[str]:
 
     Files that were not written to their end are passed over. Needs pyarrow.
     """
-    import pyarrow
-    from pyarrow import parquet
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise OptionError("this needs pyarrow, which is not installed: pip install 'dawhisper[ray]'") from None
 
     done: set[str] = set()
     for file in sorted(Path(out).glob("**/*.parquet")):

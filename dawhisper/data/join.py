@@ -27,11 +27,11 @@ from .manifest import (
     SpokenSegment,
     Utterance,
     decode_audio,
+    encode_audio,
     in_processes,
     read_manifest,
     write_manifest,
 )
-from .prepare import encode_audio
 from .targets import NO_SPACE_LANGUAGES, whisper_language
 
 Clips = list[tuple[Utterance, float]]  # each with the pause before it, in seconds

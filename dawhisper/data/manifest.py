@@ -17,7 +17,7 @@ import tarfile
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,11 +29,22 @@ import numpy as np
 
 from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
 from dawhisper.errors import DataError, DawhisperError
-from dawhisper.files import write_lines
+from dawhisper.files import AUDIO_SUFFIXES, write_lines
 from dawhisper.media import open_media
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
 AHEAD = 2  # chunks for each process
+# what people call the columns of a table, and the keys of a shard's .json
+COLUMNS = {
+    "audio": ("audio", "path", "file", "file_name", "filename", "audio_path", "audio_file", "wav", "clip"),
+    "text": ("text", "sentence", "transcript", "transcription", "raw_transcription"),
+    "language": ("language", "lang", "locale"),
+    "speaker": ("speaker", "speaker_id", "client_id", "user", "user_id"),
+    "source": ("source", "dataset", "category"),
+    "start": ("start", "begin", "offset_seconds"),
+    "end": ("end", "stop"),
+    "split": ("split", "subset", "set"),
+}
 T = TypeVar("T")
 R = TypeVar("R")
 SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
@@ -187,22 +198,29 @@ def manifest_line(u: Utterance, folder: Path) -> str:
 
 
 def read_shard(path: Path, report: Report) -> list[Utterance]:
-    """The utterances of a tar shard, by its own .json members; what stands before a damaged place is kept."""
+    """The utterances of a tar shard, as `webdataset` has them: what a member's name has before its first dot is a key.
+
+    Beside its audio an item has a .json of its values or a .txt. What stands before a damaged place is kept.
+    """
     places: dict[str, tuple[int, int]] = {}  # key -> offset and size of the audio
-    lines: dict[str, Any] = {}
+    lines: dict[str, dict[str, Any]] = defaultdict(dict)
     try:
         with tarfile.open(path, "r:") as tar:
             end = path.stat().st_size
             for member in tar:
-                key, _, suffix = member.name.rpartition(".")
-                if not member.isfile() or not key:
+                folder, name = os.path.split(member.name)
+                stem, _, suffix = name.partition(".")
+                key, suffix = os.path.join(folder, stem), suffix.rpartition(".")[2].lower()  # noqa: PTH118
+                if not member.isfile() or not stem or not suffix:
                     continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError("cut off")
-                if suffix == "json":
-                    file = tar.extractfile(member)
-                    lines[key] = json.loads(file.read()) if file else {}
-                else:
+                file = tar.extractfile(member) if suffix in ("json", "txt") else None
+                if file is not None and suffix == "json":
+                    lines[key] |= _known_names(json.loads(file.read()))
+                elif file is not None:
+                    lines[key].setdefault("text", file.read().decode("utf-8", "strict").strip())
+                elif f".{suffix}" in AUDIO_SUFFIXES:
                     places[key] = (member.offset_data, member.size)
     except (tarfile.TarError, ValueError, OSError, EOFError) as error:
         report.add(str(path), f"damaged shard: {error}")
@@ -210,10 +228,24 @@ def read_shard(path: Path, report: Report) -> list[Utterance]:
     for key, (offset, size) in places.items():
         try:
             place = {"audio": path.name, "offset": offset, "size": size}
+            if key not in lines:
+                raise KeyError(key)
             utterances.append(_utterance({**lines[key], **place}, path.parent))
         except (KeyError, ValueError, TypeError):
-            report.add(f"{path}/{key}", "no .json with its values beside it in the shard")
+            report.add(f"{path}/{key}", "no .json with its values or .txt beside it in the shard")
     return utterances
+
+
+def _known_names(values: Any) -> dict[str, Any]:
+    """A .json's values by our names, where it has them by others'."""
+    if not isinstance(values, dict):
+        raise ValueError("a .json is no object")
+    values = {name: value for name, value in values.items() if name not in ("start", "end")}  # of what it was cut from
+    return values | {
+        key: next(values[name] for name in COLUMNS[key] if values.get(name) is not None)
+        for key in ("text", "language", "speaker")
+        if any(values.get(name) is not None for name in COLUMNS[key])
+    }
 
 
 # ---- sound --------------------------------------------------------------------------------------------------------
@@ -325,3 +357,20 @@ def _read_member(u: Utterance) -> io.BytesIO:
     if len(data) != u.size or not data:
         raise DataError("the shard is cut off")
     return io.BytesIO(data)
+
+
+def encode_audio(audio: np.ndarray, codec: str = "opus", bitrate: int = 32000) -> bytes:
+    """int16 [n] at 16 kHz, mono -> the bytes of an Ogg Opus or FLAC file."""
+    import av
+
+    buffer = io.BytesIO()
+    container_format, encoder = {"opus": ("ogg", "libopus"), "flac": ("flac", "flac")}[codec]
+    with av.open(buffer, "w", format=container_format, options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(encoder, rate=SAMPLE_RATE, layout="mono")
+        if codec == "opus":
+            stream.bit_rate = bitrate
+        frame = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()

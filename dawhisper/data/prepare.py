@@ -1,8 +1,9 @@
 """What people have -> checked JSONL manifests: `dawhisper prepare SOURCE --out DIR`.
 
 Reads LibriSpeech, Common Voice, FLEURS and LJSpeech releases, folders of audio with .txt files, CSV/TSV tables,
-manifests, and folders of noise or impulse responses. Every file is decoded once; what can't be used is dropped and
-named in the report. Results of the checks are kept in the output folder, so that a stopped run goes on where it was.
+manifests, shards, lhotse's cuts, Hugging Face's datasets (corpora.py), and folders of noise or impulse responses.
+Every file is decoded once; what can't be used is dropped and named in the report. Results of the checks are kept in the
+output folder, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE, from_int16
@@ -36,13 +36,16 @@ from dawhisper.files import (
 )
 from dawhisper.options import option
 
+from .corpora import SPLIT_NAMES, is_dataset, is_lhotse, read_dataset, read_lhotse
 from .manifest import (
+    COLUMNS,
     MAX_SECONDS,
     MIN_SECONDS,
     SLACK_SECONDS,
     Report,
     Utterance,
     decode_audio,
+    encode_audio,
     in_processes,
     manifest_line,
     read_manifest,
@@ -65,7 +68,9 @@ class PrepareOptions:
     out: str = option(help="folder for the manifests", metavar="DIR")
     kind: str = option("speech", "what the recordings are", choices=["speech", "noise", "rir"])
     format: str | None = option(
-        None, "librispeech, commonvoice, fleurs, ljspeech, folder, table or manifest; found out by default"
+        None,
+        "librispeech, commonvoice, fleurs, ljspeech, folder, table, manifest, lhotse, lhotse:RECIPE (lhotse:ami) or "
+        "datasets; found out by default",
     )
     language: str | None = option(None, "of the speech, where the source does not tell it")
     encoding: str | None = option(None, "of the texts; UTF-8, or what a byte order mark tells, by default")
@@ -89,12 +94,14 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         for name, known in (
             ("kind", ("speech", "noise", "rir")),
-            ("format", (None, *SOURCE_FORMATS)),
             ("shard_codec", SHARD_CODECS),
         ):
             if getattr(self, name) not in known:
                 choice = ", ".join(k for k in known if k)
                 raise OptionError(f"{name} must be one of {choice}, not {getattr(self, name)!r}")
+        form, _, recipe = (self.format or "manifest").partition(":")
+        if form not in SOURCE_FORMATS or (recipe and form != "lhotse"):
+            raise OptionError(f"format must be one of {', '.join(SOURCE_FORMATS)}, lhotse:RECIPE, not {self.format!r}")
         if self.split is not None and (len(self.split) != 3 or min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6):
             raise OptionError(f"split must be three shares that add up to 1 (train, dev, test), not {self.split}")
         if self.shard < 0 or self.batch_size < 1 or (self.workers is not None and self.workers < 1):
@@ -155,13 +162,13 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     are not done again unless they have changed.
     """
     source, out = Path(options.source), Path(options.out)
-    if not source.exists():
+    if not source.exists() and options.format != "datasets":
         raise DataError(f"no such file or folder: {source}")
     form = options.format or detect_format(source)
-    if options.kind != "speech" and form not in ("manifest", "table"):
+    if options.kind != "speech" and form.partition(":")[0] not in ("manifest", "table", "lhotse", "datasets"):
         form = "folder"
     report = PrepareReport(str(source), form)
-    listed = list(SOURCE_FORMATS[form](source, options, report.dropped))
+    listed = list(SOURCE_FORMATS[form.partition(":")[0]](source, options, report.dropped))
     out.mkdir(parents=True, exist_ok=True)
     items = _checked(_candidates(listed, options, report.dropped), options, report.dropped)
     if not items:
@@ -186,6 +193,8 @@ def prepare(options: PrepareOptions) -> PrepareReport:
 
 def detect_format(source: Path) -> str:
     """Which of SOURCE_FORMATS a file or folder is."""
+    if is_lhotse(source):
+        return "lhotse"
     if source.is_file():
         by_suffix = {".jsonl": "manifest", ".tar": "manifest", ".csv": "table", ".tsv": "table"}
         if source.suffix.lower() not in by_suffix:
@@ -193,6 +202,8 @@ def detect_format(source: Path) -> str:
         return by_suffix[source.suffix.lower()]
     if (source / "manifest.jsonl").is_file() or (any(source.glob("*.tar")) and not any(source.glob("*.tsv"))):
         return "manifest"
+    if is_dataset(source):
+        return "datasets"
     if _common_voice_folders(source):
         return "commonvoice"
     if _fleurs_folders(source):
@@ -342,18 +353,6 @@ def _manifest(source: Path, options: PrepareOptions, report: Report) -> Iterator
         yield CorpusItem(replace(u, text=text, language=u.language or options.language))
 
 
-COLUMNS = {
-    "audio": ("audio", "path", "file", "file_name", "filename", "audio_path", "audio_file", "wav", "clip"),
-    "text": ("text", "sentence", "transcript", "transcription", "raw_transcription"),
-    "language": ("language", "lang", "locale"),
-    "speaker": ("speaker", "speaker_id", "client_id", "user", "user_id"),
-    "source": ("source", "dataset", "category"),
-    "start": ("start", "begin", "offset_seconds"),
-    "end": ("end", "stop"),
-    "split": ("split", "subset", "set"),
-}
-
-
 def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
     """A CSV or TSV whose header names its columns (see COLUMNS), or without header: audio, text."""
     first = next(text_lines(source, options.encoding), "")
@@ -378,9 +377,7 @@ def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Co
         except ValueError:
             report.add(f"{source}:{number}", "start or end is not a number of seconds")
             continue
-        split = {"valid": "dev", "validation": "dev", "val": "dev", "eval": "test"}.get(
-            cell.get("split") or "", cell.get("split")
-        )
+        split = SPLIT_NAMES.get(cell.get("split") or "", cell.get("split"))
         item = _item(
             source.parent / str(cell["audio"]),
             cell.get("text"),
@@ -392,6 +389,23 @@ def _table(source: Path, options: PrepareOptions, report: Report) -> Iterator[Co
         yield replace(item, utterance=replace(item.utterance, start=start, end=end))
 
 
+def _lhotse(source: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
+    """Cuts, or recordings and supervisions, as lhotse writes them; "lhotse:RECIPE": a release that lhotse can read."""
+    recipe = (options.format or "").partition(":")[2]
+    for u, split in read_lhotse(source, recipe, Path(options.out), report):
+        yield CorpusItem(replace(u, text=_clean(u.text), language=u.language or options.language), split)
+
+
+def _dataset(source: Path, options: PrepareOptions, report: Report) -> Iterator[CorpusItem]:
+    """A dataset of Hugging Face's, saved on disk or by its name."""
+    for row in read_dataset(options.source, Path(options.out), report):
+        names = {name.lower(): name for name in row.cells}
+        cell = {key: next((row.cells[names[n]] for n in known if n in names), None) for key, known in COLUMNS.items()}
+        text, speaker = (None if cell[key] is None else str(cell[key]) for key in ("text", "speaker"))
+        language = cell["language"] if isinstance(cell["language"], str) else options.language
+        yield _item(row.audio, text, language, speaker, Path(options.source).name, row.split)
+
+
 SOURCE_FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[CorpusItem]]] = {
     "librispeech": _librispeech,
     "commonvoice": _common_voice,
@@ -400,6 +414,8 @@ SOURCE_FORMATS: dict[str, Callable[[Path, PrepareOptions, Report], Iterator[Corp
     "folder": _folder,
     "table": _table,
     "manifest": _manifest,
+    "lhotse": _lhotse,
+    "datasets": _dataset,
 }
 
 
@@ -695,23 +711,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
-
-
-def encode_audio(audio: np.ndarray, codec: str = "opus", bitrate: int = 32000) -> bytes:
-    """int16 [n] at 16 kHz, mono -> the bytes of an Ogg Opus or FLAC file."""
-    import av
-
-    buffer = io.BytesIO()
-    container_format, encoder = {"opus": ("ogg", "libopus"), "flac": ("flac", "flac")}[codec]
-    with av.open(buffer, "w", format=container_format, options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(encoder, rate=SAMPLE_RATE, layout="mono")
-        if codec == "opus":
-            stream.bit_rate = bitrate
-        frame = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
-        frame.sample_rate = SAMPLE_RATE
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
