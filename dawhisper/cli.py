@@ -7,7 +7,7 @@ import importlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .console import forgive_letters, warn_in_one_line
@@ -167,6 +167,7 @@ def call(command: Command, args: dict[str, Any]) -> int:
     module = module_of(command)
     function, options = getattr(module, command.function), from_parsed(getattr(module, command.options), args)
     if command.name == "transcribe":
+        args["vad_parameters"] = asdict(from_parsed(VadOptions, args))
         return function(options, from_parsed(module.WriterOptions, args), args, fail)
     result = function(options)
     if command.prints:

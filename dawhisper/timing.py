@@ -27,7 +27,7 @@ class Word:
     """A word with its times in seconds and the model's mean probability of its tokens.
 
     gate: the primary branch's mean share in predicting its tokens; None where the model has no second branch.
-    logprobs: its tokens' log probabilities as they were decoded; None where they were not asked for.
+    logprobs: its tokens' log probabilities as they were decoded, speaker: who says it; None where not asked for.
     """
 
     word: str
@@ -36,6 +36,7 @@ class Word:
     probability: float
     gate: float | None = None
     logprobs: list[float] | None = None
+    speaker: str | None = None
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .audio import load_audio
 from .batched import READERS
 from .bulk.devices import share
 from .bulk.inputs import Input, find_inputs
@@ -23,11 +24,12 @@ from .checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from .console import show
 from .decoding import asked_language
 from .device import DEVICES_HELP, THREADS_HELP, choose_devices
-from .errors import OptionError, unforeseen
+from .errors import OptionError, one_line, unforeseen
 from .files import replacing, writable_folder
 from .hotwords import read_terms
 from .model import Whisper
 from .options import option
+from .speakers import Diarizer, pyannote_diarizer, with_speakers
 from .transcription import Settings, TranscribeOptions, Transcription
 from .writers import WRITERS
 
@@ -83,6 +85,9 @@ class FilesOptions:
     int8_memory: bool = option(False, "on a GPU: keep the audio's keys and values in int8, faster")
     threads: int = option(0, THREADS_HELP)
     output_dir: str = option(".", "folder for the outputs", short="-o")
+    diarize: bool = option(False, "tell who speaks, by pyannote.audio; turns on --word_timestamps")
+    hf_token: str | None = option(None, "the token that pyannote's weights are given for; HF_TOKEN by default")
+    num_speakers: int | None = option(None, "how many speak; found out by default")
     temperature: float = option(0.0, "temperature to sample with; 0 takes the likeliest text")
     temperature_increment_on_fallback: float | None = option(0.2, "step of the fallback's retries")
 
@@ -98,6 +103,7 @@ def transcribe_files(
     writing.verify(options.get("word_timestamps", False))
     temperatures = fallback_temperatures(files.temperature, files.temperature_increment_on_fallback)
     options = {**options, "temperature": temperatures, "hotwords": read_terms(options.get("hotwords"))}
+    options["word_timestamps"] = options.get("word_timestamps", False) or files.diarize
     made = TranscribeOptions.of(**options)  # wrong options end here, before anything is loaded
     shard = Shard.of(files.shard)
     devices = choose_devices(files.device, shard.local)
@@ -169,8 +175,11 @@ class FilesWork:
         options = replace(options, multilingual=self.options.multilingual and model.is_multilingual)
         if self.processes > 1:
             options = replace(options, verbose=None)  # their lines would mix
+        diarizer = None
+        if self.files.diarize:
+            diarizer = pyannote_diarizer(self.files.hf_token, model.device, self.files.num_speakers)
         for outcome in transcribe_inputs(model, inputs, options, readers):
-            yield self.written(outcome)
+            yield self.written(outcome if diarizer is None else told_apart(outcome, diarizer, options))
 
     def written(self, outcome: Outcome) -> Outcome:
         """The outcome, with what went wrong when its outputs were written."""
@@ -186,6 +195,17 @@ class FilesWork:
         except Exception as error:
             return replace(outcome, error=unforeseen(error, f"the output of {label}"))
         return outcome
+
+
+def told_apart(outcome: Outcome, diarizer: Diarizer, options: TranscribeOptions) -> Outcome:
+    """The outcome with its speakers; where they can't be told, it says so and has none."""
+    if outcome.result is None:
+        return outcome
+    try:
+        turns = diarizer(load_audio(outcome.item.source, track=options.audio_track))
+        return replace(outcome, result=with_speakers(outcome.result, turns))
+    except Exception as error:
+        return replace(outcome, error=f"can't tell who speaks in {outcome.item.label}: {one_line(error)}")
 
 
 def partial_name(name: str) -> str:

@@ -171,7 +171,8 @@ class NBest:
 class Segment:
     """A stretch of speech; `words` is None where no word times were asked for, as in all of a recording's segments.
 
-    logprobs: the natural log probability of each of the tokens; None where they were not asked for.
+    logprobs: the natural log probability of each of the tokens, speaker: who says it (speakers.py); None where they
+        were not asked for.
     """
 
     id: int
@@ -186,6 +187,7 @@ class Segment:
     no_speech_prob: float
     words: list[Word] | None = None
     logprobs: list[float] | None = None
+    speaker: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """openai-whisper's dict of this segment; what was not asked for is not in it."""

@@ -8,12 +8,47 @@ from typing import Any, TextIO
 from whisper.utils import ResultWriter, WriteJSON, WriteSRT, WriteTSV, WriteTXT, WriteVTT
 
 
-class WriteEscapedVTT(WriteVTT):
-    """WebVTT whose text holds none of WebVTT's own marks."""
+class Named(ResultWriter):
+    """A writer of text, whose lines begin with "[SPEAKER_00]: " where it is known who speaks."""
+
+    def write_result(self, result: dict[str, Any], file: TextIO, *rest: Any, **options: Any) -> None:
+        segments = [named(segment) for segment in result["segments"]]
+        super().write_result(result | {"segments": segments}, file, *rest, **options)
+
+
+def named(segment: dict[str, Any]) -> dict[str, Any]:
+    """A segment whose text begins with its speaker; among its words the name is put before each change of speaker."""
+    if not segment.get("speaker"):
+        return segment
+    made = segment | {"text": f" [{segment['speaker']}]: {segment['text'].lstrip()}"}
+    if "words" in segment:
+        made["words"], now = [], None
+        for word in segment["words"]:
+            speaker = word.get("speaker", now)
+            says = f" [{speaker}]: {word['word'].lstrip()}" if speaker != now else word["word"]
+            made["words"].append(word | {"word": says})
+            now = speaker
+    return made
+
+
+class WriteNamedTXT(Named, WriteTXT):
+    pass
+
+
+class WriteNamedSRT(Named, WriteSRT):
+    pass
+
+
+class Escaped(ResultWriter):
+    """A writer whose text holds none of WebVTT's marks."""
 
     def write_result(self, result: dict[str, Any], file: TextIO, *rest: Any, **options: Any) -> None:
         segments = [escaped(segment) for segment in result["segments"]]
         super().write_result(result | {"segments": segments}, file, *rest, **options)
+
+
+class WriteEscapedVTT(Named, Escaped, WriteVTT):
+    pass
 
 
 def escaped(segment: dict[str, Any]) -> dict[str, Any]:
@@ -62,9 +97,9 @@ def without_gaps(spans: list[tuple[float, float, str]], last: float) -> list[tup
 
 
 WRITERS: dict[str, type[ResultWriter]] = {
-    "txt": WriteTXT,
+    "txt": WriteNamedTXT,
     "vtt": WriteEscapedVTT,
-    "srt": WriteSRT,
+    "srt": WriteNamedSRT,
     "tsv": WriteTSV,
     "json": WriteJSON,
     "TextGrid": WriteTextGrid,

@@ -35,6 +35,7 @@ CODE = {
     "vad": ["dawhisper/vad.py"],
     "corpora": ["dawhisper/data/corpora.py"],
     "ray": ["dawhisper/bulk", "tests/bulk"],
+    "diarize": ["dawhisper/speakers.py"],
     "test": ["tests"],
 }
 MODULES = {"openai-whisper": "whisper", "pyyaml": "yaml", "import-linter": "importlinter"}

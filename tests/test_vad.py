@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers.sound import bursts
 
-from dawhisper import vad
+from dawhisper import transcribe_files, vad
 from dawhisper.audio import SampleReader
+from dawhisper.cli import main
 from dawhisper.errors import OptionError
 from dawhisper.transcription import TranscribeOptions
 from dawhisper.vad import Chunk, Skip, VadOptions, cut
@@ -59,10 +60,14 @@ def test_the_longest_window() -> None:
         assert sum(lengths) == pytest.approx(80) and not any(isinstance(p, Skip) for p in windows)
 
 
-def test_how_they_are_given() -> None:
+def test_how_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = TranscribeOptions.of(vad_filter=True, vad_threshold=0.7, vad_speech_pad_ms=100)
     assert flat.vad == VadOptions(0.7, speech_pad_ms=100)
     assert TranscribeOptions.of(vad_parameters={"threshold": 0.7, "speech_pad_ms": 100}).vad == flat.vad
+    parsed: dict[str, Any] = {}
+    monkeypatch.setattr(transcribe_files, "transcribe_files", lambda *words: parsed.update(words[2]) or 0)
+    assert main(["transcribe", "a.wav", "--vad_threshold", "0.7", "--vad-speech-pad-ms", "100"]) == 0
+    assert TranscribeOptions.of(**parsed).vad == flat.vad
     with pytest.raises(OptionError, match="unknown option 'vad_treshold'; did you mean vad_threshold"):
         TranscribeOptions.of(vad_parameters={"treshold": 0.7})
     for name, value in (("threshold", 1.5), ("min_silence_duration_ms", -1), ("max_speech_duration_s", 0.5)):
