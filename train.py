@@ -33,10 +33,10 @@ try:
         Run,
         amp_overflow,
         dry_run_report,
+        full_norm,
         out_of_memory,
         ran_out_of_memory,
         synchronised,
-        whole,
     )
 except ModuleNotFoundError as e:
     sys.exit(f"train: error: training needs {e.name}, which is not installed: pip install 'dawhisper[train]'")
@@ -118,7 +118,7 @@ def take_step(run: Run, log: Log) -> None:
     if recipe.loop.graph:
         world.average([p.grad for p in run.parameters if p.grad is not None])
     run.scaler.unscale_(run.optimizer)
-    norm = whole(nn.utils.clip_grad_norm_(run.parameters, recipe.optim.clip or math.inf, foreach=True))
+    norm = full_norm(nn.utils.clip_grad_norm_(run.parameters, recipe.optim.clip or math.inf, foreach=True))
     bad = (world.sum(1 - finite) > 0) | ~norm.isfinite()
     optimizer_step(run.optimizer, run.scaler, bad)
     run.optimizer.zero_grad(set_to_none=not recipe.loop.graph)

@@ -372,5 +372,5 @@ def from_int16(samples: ArrayT) -> ArrayT:
 
 
 def fitted_int16(audio: np.ndarray) -> np.ndarray:
-    """As 16-bit samples; what would clip is made quieter as a whole."""
+    """Float audio -> 16-bit samples; audio beyond [-1, 1] is scaled down as a whole, not clipped."""
     return np.rint(audio / max(1.0, float(np.abs(audio).max(initial=0.0))) * 32767).astype("<i2")

@@ -63,11 +63,11 @@ class World:
             torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for one of the processes; they wait for one another."""
+        """Whether the flag is set in any process; all of them must ask, and wait for one another."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's value, in the order of ranks; on the others than the first: an empty list."""
+        """The values of all processes in the order of ranks, on the first one; an empty list on the others."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size if self.main else []

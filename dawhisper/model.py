@@ -144,11 +144,11 @@ class MultiHeadAttention(nn.Module):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a cross-attention's memory."""
+        """Keys and values [B, h, T, e] of what a cross-attention reads, x [B, T, d]."""
         return self.split(self.key(x)), self.split(self.value(x))
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a self-attention's input."""
+        """Query, keys and values [B, h, n, e] of a self-attention's input x [B, n, d]."""
         return self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
 
 

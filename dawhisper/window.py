@@ -351,7 +351,7 @@ def last_word_end(segments: list[Segment], default: float) -> float:
 
 
 def with_words(split: Split, timed: list[TimedText], window: Window, threshold: float | None) -> Split:
-    """Give the segments their words, and go on after the last of them, but not for `threshold` seconds or less."""
+    """Give the segments their words, and resume after the last of them, unless `threshold` seconds or less are left."""
     segments = [replace(s, start=t.start, end=t.end, words=list(t.words)) for s, t in zip(split.segments, timed)]
     split = replace(split, segments=segments)
     spoken_until = last_word_end(segments, default=window.start)

@@ -247,7 +247,7 @@ def read_samples(item: EvaluationItem) -> np.ndarray:
 
 @lru_cache(maxsize=512)
 def _read(path: str, start: float, end: float | None, offset: int | None, size: int | None) -> np.ndarray:
-    """Kept, as every condition and every babble asks again."""
+    """Cached, since every condition and every babble reads it again."""
     if offset is None:
         return load_audio(path, start=start, end=end)
     with Path(path).open("rb") as shard:
@@ -256,7 +256,7 @@ def _read(path: str, start: float, end: float | None, offset: int | None, size: 
 
 
 def write_wav(path: Path, audio: np.ndarray) -> None:
-    """16-bit WAV; what would clip is made quieter as a whole."""
+    """16-bit WAV; audio beyond [-1, 1] is scaled down as a whole, not clipped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = fitted_int16(audio)
     with wave.open(str(path), "wb") as file:

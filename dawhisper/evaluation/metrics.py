@@ -221,7 +221,7 @@ def _resamples(n: int, samples: int, seed: int) -> Iterator[Floats]:
 
 @lru_cache(maxsize=4)
 def _resample(n: int, rows: int, seed: int, start: int) -> Floats:
-    """Kept, as the conditions of an evaluation all have the same utterances."""
+    """Cached, since all conditions of an evaluation have the same utterances."""
     rng = np.random.default_rng([seed, start])
     return rng.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.float64)
 

@@ -1,4 +1,4 @@
-"""Who transcribes in an evaluation: our own models, and openai-whisper, faster-whisper and transformers for comparison.
+"""The recognisers of an evaluation: our own models, and openai-whisper, faster-whisper and transformers for comparison.
 
 A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH` or `hf:FOLDER`; with a label of one's own
 before it where wanted: `mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is not ours is

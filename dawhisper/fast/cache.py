@@ -177,7 +177,7 @@ def captured(step: Callable[[], Result], pool: Any = None) -> Callable[[], Resul
 
 
 def room_for(memory: CrossMemory, int8: bool) -> CrossMemory:
-    """Room for such keys and values, the heads of both branches stacked."""
+    """Empty buffers for keys and values of these shapes, the heads of both branches stacked."""
     windows, n_head, n_position, e = memory.key.shape
     heads = n_head if memory.secondary is None else 2 * n_head
     kind = torch.int8 if int8 else memory.key.dtype
@@ -192,7 +192,7 @@ def room_for(memory: CrossMemory, int8: bool) -> CrossMemory:
 
 
 def fill(room: CrossMemory, memory: CrossMemory) -> None:
-    """Put keys and values where others were."""
+    """Copy keys and values into the buffers of `room_for`, in int8 where these are."""
     branches = [(memory.key, memory.value), *([] if memory.secondary is None else [memory.secondary])]
     for branch, pair in enumerate(branches):
         for which, x in enumerate(pair):

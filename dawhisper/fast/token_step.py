@@ -85,7 +85,7 @@ class StepWeights:
 
 
 def side_by_side(place: tuple[Tensor, Tensor], *linears: nn.Linear) -> None:
-    """Copy weights and biases of linear layers over one input into a place for all: `joint`, but nothing between."""
+    """Copy the weights and biases of linear layers that read the same input into one weight and one bias, in place."""
     weight, bias = place
     start = 0
     for linear in linears:

@@ -56,7 +56,7 @@ def _session(path: Path) -> Any:
 
 
 class OnnxEncoder(nn.Module):
-    """AudioEncoder's place: mel -> AudioFeatures that hold keys and values, [B, L, H, T, e] each."""
+    """Stands in for AudioEncoder: mel -> AudioFeatures that hold keys and values, [B, L, H, T, e] each."""
 
     def __init__(self, session: Any):
         super().__init__()
@@ -68,7 +68,7 @@ class OnnxEncoder(nn.Module):
 
 
 class OnnxDecoder(nn.Module):
-    """TextDecoder's place, for a KVCache of OnnxEncoder's features."""
+    """Stands in for TextDecoder, for a KVCache of OnnxEncoder's features."""
 
     positional_embedding: Tensor
 

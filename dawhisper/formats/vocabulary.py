@@ -1,4 +1,4 @@
-"""How many rows of a Hugging Face model's embedding are Whisper's: what was added behind them is no word and no time.
+"""How many rows of a Hugging Face model's embedding are Whisper's; a fine-tune may have added others behind them.
 
 Whisper's special tokens lie behind its words, and their places depend on the number of languages; a fine-tune may have
 rows behind them. Where the special tokens are is read from what comes with the model, never guessed from its size.

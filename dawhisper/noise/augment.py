@@ -132,7 +132,7 @@ class AugmentOptions:
 
 @cache
 def speed_changer(speed: float, device: torch.device) -> torch.nn.Module:
-    """torchaudio's `Speed`, which plays clips at another speed. Kept, because making its filter waits for the device.
+    """torchaudio's `Speed`, which plays clips at another speed. Cached, because making its filter waits for the device.
 
     Raises OptionError where torchaudio is missing or doesn't load: its releases are compiled for some of torch's, and
     pip can't see for which.

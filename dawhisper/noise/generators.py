@@ -1,4 +1,4 @@
-"""Noise that is made: coloured noise, noise of a random make, and babble of other clips of speech."""
+"""Synthetic noise: coloured noise, noise with a random spectrum, and babble of other clips of speech."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def colored_noise(
 
 
 def shaped_noise(count: int, n_samples: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """Noise of a random make, as machines, traffic and air have: no two alike. -> [count, n_samples], unit power
+    """Noise with a random spectrum, level and hum, as of machines or traffic. -> [count, n_samples], unit power
 
     A random smooth spectrum (knots with a deviation of 12 dB, over a slope of 0 to 2 times pink), a level that wanders
     (up to 10 dB, with a knot every 0.1 to 2 s), and in two of five a hum: harmonics of 25 to 400 Hz.

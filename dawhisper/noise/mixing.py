@@ -42,7 +42,7 @@ def active_samples(energy: Tensor, lengths: Tensor) -> Tensor:
 
 
 def power_over(energy: Tensor, samples: Tensor) -> Tensor:
-    """Mean power over the frames that have such samples: energy, their number, both [B, F] -> [B]; 0 without any."""
+    """Mean power over frames of active speech: energy and `active_samples`, both [B, F] -> [B]; 0 without any."""
     return (energy * (samples > 0)).sum(-1) / samples.sum(-1).clamp(min=1)
 
 

@@ -30,7 +30,7 @@ SPEC_AUGMENT, CONTEXT, HELD = 1, 2, 3  # streams of random numbers beside the au
 
 @dataclass(frozen=True)
 class Ahead:
-    """The micro-batches of a step to come, and the state before they were made."""
+    """The micro-batches of the next step, made early, and the state of `Batches` before they were made."""
 
     step: int
     micro_batches: list[Inputs]
@@ -102,7 +102,7 @@ class Batches:
         return micro_batches
 
     def begin(self, step: int) -> None:
-        """Start to make the step's micro-batches: call it when the step before has been handed to the device."""
+        """Start to make the step's micro-batches: call it when the step before is queued on the device."""
         state = self.state_dict()
         if self.recipe.data.snr_curriculum:
             low, high = self.snr
@@ -113,7 +113,7 @@ class Batches:
         self.ahead = Ahead(step, micro_batches, state)
 
     def mark(self) -> None:
-        """The step's work has been handed to the device: when it is through, the device waits for the next batch."""
+        """Call it when a step is queued on the device: once it is done, the device waits for the next batch."""
         if self.done is not None:
             self.done.record()
 

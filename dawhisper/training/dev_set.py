@@ -81,5 +81,5 @@ class DevSet:
 
 
 def _some(items: Sequence[EvaluationItem], most: int) -> Sequence[EvaluationItem]:
-    """At most that many, spread over the manifest; 0 = all."""
+    """At most `most` items, spread evenly over the manifest; 0 is all."""
     return items if not most or len(items) <= most else [items[i * len(items) // most] for i in range(most)]

@@ -72,7 +72,7 @@ class Log:
         self.active, self.started = 0.0, time.perf_counter()
 
     def pause(self) -> None:
-        """What happens until the next step is no training: evaluation, saving."""
+        """Stop the clock until the next step: evaluating and saving are no training."""
         if self.started is not None:
             self.active += time.perf_counter() - self.started
             self.started = None

@@ -1,4 +1,4 @@
-"""The optimiser's side of training: parameter groups, the rate's course, averaged weights."""
+"""Optimisation: parameter groups, the schedule of the learning rate, an average of the weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ FROM_A_CONSTANT = ("gate", "mixture", "noise_scale")
 
 
 def parameter_groups(student: nn.Module, options: OptimOptions) -> list[dict[str, Any]]:
-    """Old and new weights and those of the gate, each with and without decay; frozen ones are left out.
+    """AdamW's groups "old", "new" and "gate", each with and without weight decay; without frozen weights.
 
-    New is what stock Whisper does not have: the second branch, noise embeddings, training heads. The gate, the layer
-    mixture and the noise scales start at a constant and not at a copy: they have far to go and get a rate of their own.
+    Old are Whisper's own weights; new is what it does not have: the second branch, noise embeddings, training heads.
+    The gate, the layer mixture and the noise scales start at a constant and not at a copy: they have far to go and get
+    a rate of their own.
     Biases, norms, scales and every kind of embedding are not decayed: pulling them to zero regularises nothing.
     """
     rates = {"old": options.lr, "new": options.lr_new, "gate": options.lr_gate}

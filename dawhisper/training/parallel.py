@@ -19,7 +19,7 @@ from .objective import Student, Teacher
 def parallelise(
     student: Student, teacher: Teacher | None, world: World, compile: str, fsdp: bool, graph: bool = False
 ) -> nn.Module:
-    """What the loop calls in the student's place: compiled, and shared by the world's processes.
+    """The student as the loop calls it: compiled, and wrapped for several processes (DistributedDataParallel or FSDP2).
 
     compile "encoder": the encoders' blocks, which take most of the time; one stands for all, so it compiles in seconds;
     "blocks": the decoders' too, where they are not sharded; "model": the whole forward pass, anew for each length of

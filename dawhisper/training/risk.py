@@ -1,4 +1,4 @@
-"""Minimum word error rate training: hypotheses of the student itself, and what each costs against the others.
+"""Minimum word error rate training: hypotheses of the student itself, and their errors relative to one another.
 
 The loss is the expected number of word errors (minimum risk training, Shen et al. 2016, arXiv:1512.02433; for speech
 Prabhavalkar et al. 2018, arXiv:1712.01818), its gradient estimated over a few samples of each window, each against the

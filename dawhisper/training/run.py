@@ -148,7 +148,7 @@ class Run:
         return model
 
     def describe(self) -> str:
-        """What is about to happen, in two lines."""
+        """Model, data and devices of the run, in two lines for the terminal."""
         total = sum(p.numel() for p in self.model.parameters())
         learns = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         data, loop, loader = self.recipe.data, self.recipe.loop, self.batches.loader
@@ -233,7 +233,7 @@ def numerics(attention: str, dtype: torch.dtype | None, device: torch.device) ->
 
 
 def synchronised(parallel: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Gradients are exchanged in the backward pass of a step's last micro-batch alone."""
+    """A context whose backward pass exchanges gradients between processes only if it is the `last` of its step."""
     if isinstance(parallel, FSDPModule):
         parallel.set_requires_gradient_sync(last)
         return nullcontext()
@@ -242,13 +242,13 @@ def synchronised(parallel: nn.Module, last: bool) -> AbstractContextManager[Any]
     return nullcontext()
 
 
-def whole(norm: Tensor) -> Tensor:
-    """A sharded gradient's norm is put together from its parts."""
+def full_norm(norm: Tensor) -> Tensor:
+    """The norm of all gradients, gathered from the devices where they are sharded."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def amp_overflow(scaler: torch.amp.GradScaler) -> bool:
-    """fp16 overflows while its scale is being found; it is lost only when the scale has nothing left to give."""
+    """Whether gradients that are not finite may come of fp16's loss scale, which can still be lowered."""
     return scaler.is_enabled() and scaler.get_scale() > 1.0
 
 

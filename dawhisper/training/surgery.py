@@ -1,4 +1,4 @@
-"""Before training: fewer layers for a smaller student, which of the teacher's layers teach it, what is frozen."""
+"""Changes to models before training: fewer layers for a smaller student, its teacher's layers, frozen weights."""
 
 from __future__ import annotations
 
