@@ -69,7 +69,6 @@ for words in (
     ["evaluate", manifest, *few, *short, "--kinds", "reverb", "--snr", "0", "--out", out + "/errors"],
     ["visualize", clip, "--noise", clip, *few, "--language", "en", "--text", "modern", "-o", out + "/pictures"],
     ["bench", str(Path(clips) / "0.wav"), *few, "--against", "transformers", "--converted", out + "/converted"],
-    ["export", "--model", model, "--out", out + "/onnx"],
 ):
     code = cli.main(words)
     print(words[0], code, flush=True)
@@ -132,11 +131,19 @@ def test_a_torchaudio_that_does_not_load_stops_only_training(tiny: Path, tmp_pat
     clips = manifest.parent
     done = program(WITHOUT_TORCHAUDIO, tiny, CLIP, clips, tmp_path / "out", path=broken)
     codes = dict(re.findall(r"^([a-z]+) (\d)$", done.stdout, re.MULTILINE))
-    wanted = ("transcribe", "prepare", "join", "evaluate", "visualize", "bench", "export", "serve")
+    wanted = ("transcribe", "prepare", "join", "evaluate", "visualize", "bench", "serve")
     assert codes == {**dict.fromkeys(wanted, "0"), "train": "1"}, done.stderr
     [said] = [line for line in done.stderr.splitlines() if line.startswith("train: error: ")]
     assert "undefined symbol" in said and "pip install torch==" in said
     assert "Traceback" not in done.stderr
+
+
+def test_torchaudio_is_imported_to_train_and_to_know_whether_it_loads() -> None:
+    """So the commands that the program above leaves out, export for its 20 seconds, do without it too."""
+    importing = {
+        file.relative_to(ROOT).as_posix() for file in ROOT.glob("dawhisper/**/*.py") if "torchaudio" in imports(file)
+    }
+    assert importing == {"dawhisper/noise/augment.py", "dawhisper/formats/huggingface.py"}
 
 
 @pytest.mark.timeout(200)
