@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,11 @@ from helpers.models import MULTILINGUAL, talkative
 from helpers.sound import write_clips
 
 from dawhisper.model import Whisper
+
+if sys.version_info < (3, 11):
+    import tomli as tomllib  # pytest needs it there
+else:
+    import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "assets" / "speech.opus"
@@ -48,7 +52,13 @@ USED_BY_OTHERS = {
     "pytest-timeout": "pyproject.toml's options for pytest",
     "pytest-xdist": "pyproject.toml's options for pytest",
 }
-BROUGHT_ALONG = {"starlette": "fastapi", "ctranslate2": "faster-whisper", "triton": "torch"}  # by what is named
+# imported too, since they are a part of what is named
+BROUGHT_ALONG = {
+    "starlette": "fastapi",
+    "ctranslate2": "faster-whisper",
+    "triton": "torch",
+    "tiktoken": "openai-whisper",
+}
 
 WITHOUT_TORCHAUDIO = """
 import sys
@@ -188,11 +198,13 @@ def third_party_imports(*places: str) -> set[str]:
     return {name for file in files for name in imports(file)} - sys.stdlib_module_names - own
 
 
-def entries() -> set[tuple[str, str]]:
+@cache
+def entries() -> frozenset[tuple[str, str]]:
     """The packages that pyproject.toml names, each with its extra ("" for all users), but for the tools of `dev`."""
-    found = [re.match(r"""([\w-]+)[^;]*(?:; extra == ['"](\w+)['"])?$""", line) for line in requires("dawhisper") or ()]
-    pairs = {(match[1].lower(), match[2] or "") for match in found if match}
-    return {(name, extra) for name, extra in pairs if name != "dawhisper" and extra != "dev"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = {"": project["dependencies"], **project["optional-dependencies"]}
+    named = {(re.split(r"[^\w-]", line)[0].lower(), extra) for extra, lines in wanted.items() for line in lines}
+    return frozenset((name, extra) for name, extra in named if name != "dawhisper" and extra != "dev")
 
 
 def test_an_extra_names_what_its_code_imports() -> None:
