@@ -218,3 +218,8 @@ def test_what_the_code_imports_is_named() -> None:
     assert set(BROUGHT_ALONG.values()) | set(USED_BY_OTHERS) <= named
     modules = {MODULES.get(name, name.replace("-", "_")) for name in named} | set(BROUGHT_ALONG)
     assert third_party_imports("dawhisper", "train.py", "transcribe.py", "scripts", "benchmarks") <= modules
+
+
+def test_the_oldest_versions_of_every_extra_are_tried() -> None:
+    tried = set(re.findall(r"^  \[(\w+)\]=", (ROOT / ".ci" / "lowest").read_text("utf-8"), re.MULTILINE))
+    assert tried == {extra or "base" for _, extra in entries()}
