@@ -182,7 +182,7 @@ def test_a_command_without_its_extra_says_what_to_install(tiny: Path, tmp_path: 
 @cache
 def imports(file: Path) -> frozenset[str]:
     text = file.read_text("utf-8")
-    names = set(re.findall(r"importorskip\(\"(\w+)", text))
+    names = set(re.findall(r"(?:importorskip|_package)\(\"(\w+)", text))
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
