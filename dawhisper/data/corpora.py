@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ def split_named(text: str) -> str | None:
     return SPLIT_NAMES.get(words[-1], words[-1]) if words else None
 
 
-def _package(name: str) -> Any:
+@contextmanager
+def _the_extra() -> Iterator[None]:
+    """Around imports of what the extra has."""
     try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise OptionError(f"this needs {name}, which is not installed: pip install 'dawhisper[corpora]'") from None
+        yield
+    except ModuleNotFoundError as error:
+        message = f"this needs {error.name}, which is not installed: pip install 'dawhisper[corpora]'"
+        raise OptionError(message) from None
 
 
 # ---- lhotse -------------------------------------------------------------------------------------------------------
@@ -58,7 +61,9 @@ def read_lhotse(source: Path, recipe: str, out: Path, report: Report) -> Iterato
     recipe: of `lhotse.recipes` ("ami" for prepare_ami), which reads a corpus as it was released; or none. A cut that
     is no plain part of a file (mixed, resampled, one of several channels) is written into `out`, as FLAC.
     """
-    lhotse = _package("lhotse")
+    with _the_extra():
+        import lhotse
+        import lhotse.recipes
     for name, cuts in _by_recipe(lhotse, source, recipe, out) if recipe else _from_files(lhotse, source):
         for cut in cuts:
             try:
@@ -68,7 +73,7 @@ def read_lhotse(source: Path, recipe: str, out: Path, report: Report) -> Iterato
 
 
 def _by_recipe(lhotse: Any, source: Path, recipe: str, out: Path) -> Iterator[tuple[str, Any]]:
-    function = getattr(_package("lhotse.recipes"), f"prepare_{recipe}", None)
+    function = getattr(lhotse.recipes, f"prepare_{recipe}", None)
     if function is None:
         raise OptionError(f"lhotse {lhotse.__version__} has no recipe {recipe!r}; `lhotse prepare` lists those it has")
     try:
@@ -173,7 +178,8 @@ def read_dataset(name: str, out: Path, report: Report) -> Iterator[DatasetRow]:
 
     Sound that lies in the dataset itself is written into `out`, as it is.
     """
-    datasets = _package("datasets")
+    with _the_extra():
+        import datasets
     try:
         if Path(name).is_dir():
             made = datasets.load_from_disk(name)
