@@ -22,6 +22,7 @@ from whisper.tokenizer import Tokenizer
 
 from .audio import SampleReader, Source
 from .decoding import DecodingResult, language_code, model_tokenizer
+from .front_end import through
 from .model import AudioFeatures, Whisper
 from .transcription import (
     NBest,
@@ -296,7 +297,8 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     """What each window gave."""
     if not batch:
         return []
-    mel = last_windows(model, [job.chunk.samples for job in batch])
+    front_end = options.front_end, options.front_end_mix
+    mel = last_windows(model, [through(job.chunk.samples, *front_end) for job in batch])
     later = [
         without_silence(job.window, leading_silence(window[:, : job.chunk.size])) for window, job in zip(mel, batch)
     ]

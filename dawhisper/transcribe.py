@@ -20,6 +20,7 @@ from .audio import SampleReader, Source, is_samples, load_audio, log_mel_spectro
 from .batched import BatchedRecording, segments_of_one, transcribe_all
 from .console import show
 from .decoding import DecodingResult, language_code, model_tokenizer
+from .front_end import through
 from .model import Whisper
 from .transcription import (
     NBest,
@@ -104,7 +105,7 @@ def segments_of(model: Whisper, audio: Source, options: TranscribeOptions) -> tu
 def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> OpenRecording:
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = clip_frames(options.clip_timestamps)
-    samples = load_audio(audio, track=options.audio_track)
+    samples = through(load_audio(audio, track=options.audio_track), options.front_end, options.front_end_mix)
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
     frames = mel.shape[-1] - N_FRAMES
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from whisper.utils import format_timestamp
 from .console import show
 from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
+from .front_end import FRONT_END_MIX, known_front_end
 from .options import option
 from .ranking import Alternative
 from .timing import Word
@@ -49,6 +50,8 @@ class TranscribeOptions:
     vad_filter: leave out what the voice activity detector hears no speech in.
     vad: what counts as speech there, and how long windows are; its fields are given as vad_threshold and so on, or
         together as the dict `vad_parameters`.
+    front_end: an enhancer that the recording goes through first, "deepfilternet" or a callable (front_end.py);
+        front_end_mix: its share, between 0 and 1, of what is heard.
     logprobs: give each segment's and word's tokens their log probabilities.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
@@ -71,6 +74,10 @@ class TranscribeOptions:
     multilingual: bool = option(False, "find out the language of each window, not just the first")
     vad_filter: bool = option(False, "leave out what holds no voice (better with silero-vad)")
     logprobs: bool = option(False, "log probabilities of the tokens of segments and words (json)")
+    front_end: str | Callable[[np.ndarray], np.ndarray] | None = option(  # noqa: RUF009 - a field, as all of them
+        None, "clean the recording first", choices=["deepfilternet"]
+    )
+    front_end_mix: float = option(FRONT_END_MIX, "share of the cleaned recording; the rest stays as it is")
     vad: VadOptions = DEFAULT_VAD
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
@@ -101,6 +108,10 @@ class TranscribeOptions:
         if (decoding.n_best or 1) > (decoding.beam_size or decoding.best_of or 1):
             raise OptionError(f"n_best {decoding.n_best} needs a beam_size as large, or best_of with a temperature")
         seek_points(made.clip_timestamps)
+        if not 0 <= made.front_end_mix <= 1:
+            raise OptionError(f"front_end_mix lies between 0 and 1, not {made.front_end_mix}")
+        if made.front_end is not None:
+            known_front_end(made.front_end)
         return made
 
     def speaking(self, language: str) -> TranscribeOptions:

@@ -39,6 +39,7 @@ CODE = {
     "vad": ["dawhisper/vad.py"],
     "corpora": ["dawhisper/data/corpora.py"],
     "ray": ["dawhisper/bulk", "tests/bulk"],
+    "front_end": ["dawhisper/front_end.py"],
     "diarize": ["dawhisper/speakers.py"],
     "test": ["tests"],
 }

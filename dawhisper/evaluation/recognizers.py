@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
 from dawhisper.decoding import DecodingOptions
 from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
 from dawhisper.formats.huggingface import hide_broken_torchaudio
+from dawhisper.front_end import through
 from dawhisper.transcribe import transcribe
 from dawhisper.window import decode_clips
 
@@ -36,11 +37,16 @@ EVALUATED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model to evaluate: its label in the results, back end ("" is ours), and name or path."""
+    """A model to evaluate: its label in the results, back end ("" is ours), and name or path.
+
+    front_end: the enhancer that it hears recordings through, "" for none; mix: the enhancer's share.
+    """
 
     label: str
     backend: str
     path: str
+    front_end: str = ""
+    mix: float = 0.0
 
     @property
     def spec(self) -> str:
@@ -106,6 +112,11 @@ def _parse(name: str) -> ModelSpec:
     return ModelSpec(label, backend, path)
 
 
+def behind(specs: Sequence[ModelSpec], front_end: str, mix: float) -> list[ModelSpec]:
+    """The same models, each behind an enhancer."""
+    return [replace(spec, label=f"{spec.label}+{front_end}", front_end=front_end, mix=mix) for spec in specs]
+
+
 def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
     """Raise for a model that can't be loaded, before hours are spent on those that stand before it."""
     for spec in specs:
@@ -127,6 +138,8 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
 
 def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
+    if spec.front_end:
+        return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec)
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
     kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace}
@@ -135,6 +148,16 @@ def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, s
     except (OSError, RuntimeError, ValueError) as e:
         reason = one_line(e).split(". ")[0]
         raise CheckpointError(f"{spec.spec} can't be loaded ({reason})") from e
+
+
+class Cleaned:
+    """A recogniser behind an enhancer."""
+
+    def __init__(self, recognize: Recognizer, spec: ModelSpec):
+        self.recognize, self.spec = recognize, spec
+
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        return self.recognize([through(x, self.spec.front_end, self.spec.mix) for x in audio], language)
 
 
 class Ours:

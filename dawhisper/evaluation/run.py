@@ -29,6 +29,7 @@ from dawhisper.checkpoint import OWN_MODEL
 from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
+from dawhisper.front_end import FRONT_END_MIX, known_front_end
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
 from dawhisper.options import option
@@ -66,6 +67,7 @@ class EvaluateOptions:
     device: "auto", "cpu", "cuda", "cuda:N".
     normalizer: "auto" (English for English, else basic), "english", "basic" or "none".
     bootstrap_samples: of every interval and test. write_audio: folder for the mixtures, as WAV.
+    front_end, front_end_mix: measure every model behind this enhancer too, with this share (dawhisper/front_end.py).
     gates: measure the gate and attention of dual models too. plots: draw PNGs, if matplotlib is installed.
     """
 
@@ -99,6 +101,10 @@ class EvaluateOptions:
     normalizer: str = option("auto", "auto: by language", choices=["auto", "english", "basic", "none"])
     bootstrap_samples: int = option(10_000, "of every interval and test", metavar="N")
     write_audio: str | None = option(None, "write the mixtures there as WAV, to listen to", metavar="DIR")
+    front_end: str | None = option(
+        None, "measure every model behind this cleaner too", choices=["deepfilternet"], metavar="NAME"
+    )
+    front_end_mix: float = option(FRONT_END_MIX, "share of the cleaned recording", metavar="SHARE")
     gates: bool = option(True, "leave out the gate and attention of dual models", flag=True)
     plots: bool = option(True, "leave out the PNGs", flag=True)
 
@@ -113,6 +119,8 @@ class EvaluateOptions:
             raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(EVALUATED_DTYPES)}, int8")
         if self.language not in (None, "auto"):
             language_code(str(self.language))
+        if not 0 <= self.front_end_mix <= 1:
+            raise OptionError(f"front_end_mix lies between 0 and 1, not {self.front_end_mix}")
         metrics.normalizer(self.normalizer, None)
         if not self.kinds:
             made = [kind for kind in DEFAULT_KINDS if self.noise or kind != "real"]
@@ -127,6 +135,9 @@ def evaluate(options: EvaluateOptions) -> tables.Results | None:
     """
     wanted = conditions(options.kinds, options.snrs)
     models = recognizers.parse_models(options.models)
+    if options.front_end:
+        known_front_end(options.front_end)
+        models += recognizers.behind(models, options.front_end, options.front_end_mix)
     recognizers.check_models(models, options.dtype)
     language = None if options.language in (None, "auto") else language_code(str(options.language))
     manifests = read_items(options.manifests, language)
@@ -329,6 +340,7 @@ class Keys:
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, options: EvaluateOptions, mixer: Mixer):
         self.common = [spec.fingerprint(), str(decoding), str(options.gates)]
+        self.common += [spec.front_end, str(spec.mix)] if spec.front_end else []
         self.detect = options.language == "auto"
         self.sources = {kind: mixer.signature(kind) for kind in options.kinds}
 
