@@ -171,6 +171,15 @@ class Engine:
         else:
             job.future.set_result(result)
 
+    def _run_calls(self) -> None:
+        """Updates of live audio: they are short, and do not wait for the end of a long recording."""
+        with self.changed:
+            calls = [job for job in self.jobs if not isinstance(job.work, TranscriptionTask)]
+            self.jobs = deque(job for job in self.jobs if job not in calls)
+        for job in calls:
+            if job.future.set_running_or_notify_cancel():
+                self._run(job)
+
     def _run_together(self, jobs: list[Queued], clips: list[TranscriptionTask]) -> None:
         try:
             results = transcribe_together(self.models[clips[0].model], [c.samples for c in clips], clips[0].options)
@@ -195,6 +204,7 @@ class Engine:
                 if clip.on_segment:
                     clip.on_segment(segment)
                 yield segment
+                self._run_calls()
 
         return collect(told(), recording)
 

@@ -7,7 +7,7 @@ import json
 import re
 import signal
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +27,7 @@ from dawhisper.serve.options import ServerOptions
 from dawhisper.serve.server import load_models
 from dawhisper.serve.worker import Engine, TranscriptionTask, transcribe_together
 from dawhisper.transcribe import transcribe
-from dawhisper.transcription import TranscribeOptions
+from dawhisper.transcription import Segment, TranscribeOptions
 
 SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
 
@@ -130,9 +130,11 @@ def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: 
     assert len(set(expected)) == 5
     sizes: list[int] = []
     engine = Engine({"m": model}, batch_size=3, on_batch=lambda model, waited: sizes.append(len(waited)))
+    together = threading.Event()
     try:
-        engine.submit(lambda: time.sleep(0.2))  # so that the clips wait together
+        engine.submit(together.wait)  # so that the clips wait together
         futures = [engine.submit(TranscriptionTask("m", clip, TranscribeOptions.of(**once))) for clip in clips]
+        together.set()
         assert [f.result(60).text for f in futures] == expected
         assert sizes == [3, 2]
     finally:
@@ -149,16 +151,42 @@ def test_clips_of_like_length_are_decoded_together_where_the_context_varies() ->
     expected = [transcribe(model, clip, **brief, **SURE) for clip in clips]  # type: ignore[arg-type]
     sizes: list[int] = []
     engine = Engine({"m": model}, on_batch=lambda model, waited: sizes.append(len(waited)))
+    together = threading.Event()
     try:
-        engine.submit(lambda: time.sleep(0.2))  # so that the clips wait together
+        engine.submit(together.wait)  # so that the clips wait together
         futures = [engine.submit(TranscriptionTask("m", clip, options)) for clip in clips]
+        together.set()
         for future, alone in zip(futures, expected):
-            together = future.result(60)
-            assert together.text == alone.text
-            assert [w.gate for s in together.segments for w in s.words or []] == pytest.approx(
+            heard = future.result(60)
+            assert heard.text == alone.text
+            assert [w.gate for s in heard.segments for w in s.words or []] == pytest.approx(
                 [w.gate for s in alone.segments for w in s.words or []], abs=2e-3
             )
         assert [size for size in sizes if size > 1] == [3, 2]
+    finally:
+        engine.close()
+
+
+def test_live_audio_does_not_wait_for_a_long_recording() -> None:
+    model = pair(eot_bias=6.0)[0]
+    brief = TranscribeOptions.of(temperature=0.0, language="en", without_timestamps=True, sample_len=6, **SURE)
+    order: list[str] = []
+    engine = Engine({"m": model})
+    began, waits = threading.Event(), threading.Event()
+
+    def on_segment(segment: Segment) -> None:
+        order.append("window")
+        began.set()
+        assert waits.wait(30)
+
+    try:
+        long = engine.submit(TranscriptionTask("m", sound(0, 65.0), brief, on_segment))
+        assert began.wait(30)
+        live = engine.submit(lambda: order.append("live"))
+        waits.set()
+        live.result(30)
+        long.result(60)
+        assert order == ["window", "live", "window", "window"]
     finally:
         engine.close()
 
@@ -361,10 +389,12 @@ def test_a_dead_worker_is_not_healthy() -> None:
 def test_an_error_in_a_batch_is_its_own_clips() -> None:
     engine = Engine({"m": pair(eot_bias=6.0)[0]})
     options = TranscribeOptions.of(temperature=0.0, language="en", without_timestamps=True, sample_len=6)
+    together = threading.Event()
     try:
-        engine.submit(lambda: time.sleep(0.3))  # so that the others wait together
+        engine.submit(together.wait)  # so that the others wait together
         good = engine.submit(TranscriptionTask("m", sound(0), options))
         bad = engine.submit(TranscriptionTask("m", np.zeros((2, 2, 2), np.float32), options))
+        together.set()
         assert good.result(30).language == "en"
         with pytest.raises(dawhisper.DawhisperError):
             bad.result(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,12 +104,14 @@ def test_a_silent_or_too_fast_client_of_live_audio() -> None:
                 for message in begin:
                     live.send(message)
                 assert list(messages(live))[-1]["error"]["code"] == "too_slow"
-        server.engine.submit(lambda: time.sleep(1))
+        busy = threading.Event()
+        server.engine.submit(busy.wait)
         with connect(server.ws, max_size=None) as live:
             live.send("{}")
             for _ in range(5):
                 live.send(bytes(16000 * 2 * 20))
             assert list(messages(live))[-1]["error"]["code"] == "too_fast"
+        busy.set()
 
 
 def test_a_bug_is_said_and_logged(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_the_microphone(server: Running, browser: object, tmp_path: Path) -> Non
     page.run("document.getElementById('model').value = 'stock'")
     page.element("#record").click()  # type: ignore[attr-defined]
     page.until("document.querySelector('.final') && document.querySelector('.final').textContent.length > 20")
-    assert page.run("document.getElementById('level').value > 0 && !document.getElementById('live').hidden")
+    page.until("document.getElementById('level').value > 0 && !document.getElementById('live').hidden")
     assert page.run("/^\\d:\\d\\d$/.test(document.getElementById('clock').textContent)")
     assert page.colours(0, "--wave") + page.colours(0, "--done") > 1000
     assert page.element("#record").get_attribute("aria-pressed") == "true"  # type: ignore[attr-defined]
@@ -246,8 +247,9 @@ def test_the_servers_refusals_are_said(browser: object, assets: Path, tmp_path: 
 def test_a_server_that_dies_is_said(browser: object, tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.wav"
     long.write_bytes(wav(np.tile(load_audio(assets / "speech.opus"), 20)))
-    for recorded in (False, True):
-        process, url = start(tiny_en_path)
+    with ThreadPoolExecutor(2) as pool:  # their start takes longest
+        servers = list(pool.map(start, [tiny_en_path] * 2))
+    for recorded, (process, url) in zip((False, True), servers):
         page = Page(browser, url)
         if recorded:
             page.element("#record").click()  # type: ignore[attr-defined]
@@ -301,3 +303,83 @@ def test_the_keyboard_alone(server: Running, browser: object, tmp_path: Path) ->
         assert lines[0] == {"txt": said[0], "srt": "1", "vtt": "WEBVTT"}[kind]
     assert page.run("document.querySelector('.final').getAttribute('aria-live')") == "polite"
     assert page.run("document.querySelector('canvas').getAttribute('aria-label')").startswith("Waveform, ")  # type: ignore[attr-defined]
+
+
+CONTRAST = """
+    const canvas = document.createElement("canvas"), c = canvas.getContext("2d", {willReadFrequently: true});
+    canvas.width = canvas.height = 1;
+    const over = (colours) => {  // as they are painted on each other, whatever their notation
+      c.globalCompositeOperation = "source-over";
+      for (const colour of colours) { c.fillStyle = colour; c.fillRect(0, 0, 1, 1); }
+      return [...c.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const chain = (element) => (element ? [...chain(element.parentElement), element] : []);
+    const behind = (element) => ["Canvas", ...chain(element).map((e) => getComputedStyle(e).backgroundColor)];
+    const light = (rgb) => rgb.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+      .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const ratio = (front, back) => {  // WCAG 2.2
+      const [low, high] = [light(over([...back, front])), light(over(back))].sort((a, b) => a - b);
+      return (high + 0.05) / (low + 0.05);
+    };
+    const found = [];
+    const note = (what, value, wanted) => found.push([what, Math.round(100 * value) / 100, wanted]);
+    const called = (e) => e.tagName.toLowerCase() + (e.id && "#" + e.id) + (e.className && "." + e.className);
+    document.querySelectorAll("[hidden]").forEach((e) => { e.hidden = false; });
+    document.getElementById("error").textContent = "an error";
+    document.getElementById("waiting").innerHTML = "<li>a.wav waits</li>";
+    document.querySelectorAll(".pending").forEach((e) => { e.textContent = "words to come"; });
+    const shown = [...document.querySelectorAll("body *")].filter((e) => e.offsetParent && !e.closest("[disabled]"));
+    for (const e of shown) {
+      const style = getComputedStyle(e);
+      const says = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+      if (says || e.matches("select, input")) note(called(e), ratio(style.color, behind(e)), 4.5);
+      if (e.matches("select, input:not([type=file]), button:not(.time), .drop"))
+        note(called(e) + " border", ratio(style.borderTopColor, behind(e.parentElement)), 3);
+    }
+    const prompt = document.getElementById("prompt");
+    note("placeholder", ratio(getComputedStyle(prompt, "::placeholder").color, behind(prompt)), 4.5);
+    const root = getComputedStyle(document.documentElement), card = behind(document.querySelector(".result"));
+    for (const name of ["--gate", "--wave", "--done", "--accent"])
+      note(name + " on a card", ratio(root.getPropertyValue(name), card), 3);
+    const word = document.querySelector(".word");
+    for (const noise of [0, 0.25, 0.5, 0.75, 1]) {
+      word.style.setProperty("--noise", noise);
+      note(`word at noise ${noise}`, ratio(getComputedStyle(word).color, behind(word)), 4.5);
+    }
+    return found;
+"""
+
+
+def test_contrast_is_wcags(server: Running, browser: object, assets: Path, tmp_path: Path) -> None:
+    """AA: 4.5 for text, also over the gate's shading, and 3 for borders and the waveform, light and dark."""
+    page = Page(browser, server.url)
+    page.run("document.getElementById('compare').value = 'stock'")
+    page.send(assets / "speech.opus")
+    page.until("document.getElementById('status').textContent === 'Done.'")
+    with phone(browser):
+        page.picture("phone", tmp_path)
+    for scheme in ("light", "dark"):
+        set_scheme(browser, scheme)
+        page.picture(scheme, tmp_path)
+        measured = browser.execute_script(CONTRAST)  # type: ignore[attr-defined]
+        assert {"placeholder", "word at noise 1", "p.pending", "p#error", "select#model border"} <= {
+            m[0] for m in measured
+        }
+        print(scheme, *sorted(measured, key=lambda m: m[1] / m[2]), sep="\n")
+        assert [m for m in measured if m[1] < m[2]] == []
+    set_scheme(browser)
+
+
+def test_the_api_is_described_on_a_page(server: Running, browser: object, tmp_path: Path) -> None:
+    page = Page(browser, server.url + "/docs", loaded=False)
+    page.until("document.querySelectorAll('.operation').length >= 6")
+    headings = page.texts(".operation h2")
+    assert "POST /v1/audio/transcriptions" in headings
+    assert "timestamp_granularities" in page.texts(".operation th")
+    assert any(t.startswith("curl -X POST") and "/v1/audio/translations" in t for t in page.texts("code"))
+    elsewhere = "performance.getEntriesByType('resource').filter((r) => !r.name.startsWith(location.origin)).length"
+    assert page.run(elsewhere) == 0
+    page.picture("docs", tmp_path)
+    with phone(browser):
+        assert page.run("document.documentElement.scrollWidth") == 375
+    assert page.errors() == []
