@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
-from dawhisper.data.manifest import MAX_SECONDS, MIN_SECONDS, Utterance, in_processes, write_manifest
+from dawhisper.data.manifest import MAX_SECONDS, MIN_SECONDS, Utterance, write_manifest
 from dawhisper.data.prepare import encode_audio
+from dawhisper.data.processes import in_processes
 from dawhisper.errors import DataError, DawhisperError
 
 VOICES = (

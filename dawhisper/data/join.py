@@ -28,10 +28,10 @@ from .manifest import (
     Utterance,
     decode_audio,
     encode_audio,
-    in_processes,
     read_manifest,
     write_manifest,
 )
+from .processes import in_processes
 from .targets import NO_SPACE_LANGUAGES, whisper_language
 
 Clips = list[tuple[Utterance, float]]  # each with the pause before it, in seconds

@@ -12,18 +12,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import tarfile
-import threading
-import time
-import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +27,6 @@ from dawhisper.files import AUDIO_SUFFIXES, write_lines
 from dawhisper.media import open_media
 
 MIN_SECONDS, MAX_SECONDS = 0.3, 30.0
-AHEAD = 2  # chunks for each process
 # what people call the columns of a table, and the keys of a shard's .json
 COLUMNS = {
     "audio": ("audio", "path", "file", "file_name", "filename", "audio_path", "audio_file", "wav", "clip"),
@@ -45,8 +38,6 @@ COLUMNS = {
     "end": ("end", "stop"),
     "split": ("split", "subset", "set"),
 }
-T = TypeVar("T")
-R = TypeVar("R")
 SLACK_SECONDS = 0.05  # a codec's padding may lengthen a clip; this much beyond the limit is cut off
 
 
@@ -249,57 +240,6 @@ def _known_names(values: Any) -> dict[str, Any]:
 
 
 # ---- sound --------------------------------------------------------------------------------------------------------
-
-
-def in_processes(
-    function: Callable[[T], R], items: Sequence[T], workers: int | None = None, chunk: int = 16
-) -> Iterator[R]:
-    """function(item) for each item, in order; in processes where there is more than one `chunk`, which each takes.
-
-    The processes work ahead of what is asked for, AHEAD chunks each, so that results don't pile up. Leaving early
-    (Ctrl-C) stops them. DataError where one of them dies.
-    (Not in threads: an Opus file has a frame every 20 ms, each one takes the interpreter's lock, and sixteen threads
-    that decode so are slower than one.)
-    """
-    workers = min(workers or os.cpu_count() or 1, -(-len(items) // chunk))
-    if workers < 2:
-        yield from map(function, items)
-        return
-    with ProcessPoolExecutor(workers, initializer=start_process) as pool:
-        coming: deque[Future[list[R]]] = deque()
-        try:
-            for start in range(0, len(items), chunk):
-                coming.append(pool.submit(_each, function, items[start : start + chunk]))
-                if len(coming) > AHEAD * workers:
-                    yield from coming.popleft().result()
-            while coming:
-                yield from coming.popleft().result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a process died (out of memory?): run again with fewer workers; what is done is kept"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    return [function(item) for item in items]
-
-
-def start_process() -> None:
-    """Ctrl-C is the main process's affair; damaged files go to the report instead of the terminal.
-
-    Where the main process is killed, nobody tells its workers: they look for themselves, and end.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def read_audio(utterance: Utterance) -> np.ndarray:

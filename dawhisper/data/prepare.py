@@ -39,11 +39,11 @@ from .manifest import (
     Utterance,
     decode_audio,
     encode_audio,
-    in_processes,
     manifest_line,
     read_shard,
     write_manifest,
 )
+from .processes import in_processes
 from .releases import SOURCE_FORMATS, SPLITS, CorpusItem, Source, detect_format
 
 SHARD_CODECS = ("opus", "flac")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dawhisper.audio import SAMPLE_RATE, from_int16, to_int16
-from dawhisper.data.manifest import Utterance, decode_audio, in_processes, read_manifest
+from dawhisper.data.manifest import Utterance, decode_audio, read_manifest
+from dawhisper.data.processes import in_processes
 from dawhisper.distributed import onto
 from dawhisper.errors import DataError
 from dawhisper.files import AUDIO_SUFFIXES, audio_files

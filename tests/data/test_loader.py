@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from dawhisper.data.loader import Batch, Loader, Order, follows, make_loader, silence_targets
+from dawhisper.data.loader import Batch, Loader, follows, make_loader, silence_targets
 from dawhisper.data.manifest import Report, Utterance, read_audio, read_manifest
+from dawhisper.data.order import Order
 from dawhisper.data.targets import IGNORE, TargetOptions, Targets, lower, styled_text, whisper_language
 from dawhisper.errors import DataError, OptionError
 

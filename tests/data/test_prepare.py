@@ -20,8 +20,8 @@ import pytest
 from dawhisper.cli import main
 from dawhisper.data import prepare as module
 from dawhisper.data.loader import Report, TargetOptions, Utterance, make_loader, read_audio, read_manifest
-from dawhisper.data.manifest import AHEAD, in_processes
 from dawhisper.data.prepare import PrepareOptions, PrepareReport, assign_splits, encode_audio, prepare
+from dawhisper.data.processes import AHEAD, in_processes
 from dawhisper.errors import DataError, OptionError
 
 RATE = 16000
