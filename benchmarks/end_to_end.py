@@ -195,7 +195,8 @@ def run_transformers(args: argparse.Namespace, files: list[Path], out: Path, tol
     )
     out.mkdir(parents=True)
     told.send({"loaded": time.time()})
-    asked = {"language": args.language, "task": "transcribe"}
+    multilingual = recognise.model.generation_config.is_multilingual
+    asked = {"language": args.language, "task": "transcribe"} if multilingual else {}
 
     def names() -> Iterator[str]:
         yield from map(str, files)

@@ -113,7 +113,7 @@ def transcribe_files(
     work = FilesWork(files, writing, made, len(devices))
 
     part = shard.part(inputs)
-    done = {item for item in part if files.skip_existing and work.is_done(item)}
+    done = dict.fromkeys(item for item in part if files.skip_existing and work.is_done(item))
     for item in done:
         summary.skip(item)
     failed = 0
@@ -125,7 +125,7 @@ def transcribe_files(
         elif outcome.interrupted:
             kept = work.folder / partial_name(item.output)
             failed = report(f"interrupted in {item.label}; what was transcribed until then is in {kept}.*")
-        elif len(devices) > 1 and made.verbose:
+        elif len(inputs) > 1 and made.verbose:
             show(f"{item.label}: {outcome.duration:.1f} s, {item.output}")
     told = summary.close()
     if len(inputs) > 1 or files.audio[0] != inputs[0].source:

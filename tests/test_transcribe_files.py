@@ -138,6 +138,8 @@ def test_a_tree_of_files_and_a_summary(model: str, tmp_path: Path, capsys: pytes
     (out / "sub" / "a.txt").unlink()
     assert run(*call, *QUICK, "--skip-existing") == 0
     assert "1 of 2 files done, 1 skipped" in capsys.readouterr().err
+    assert run(*call[:-1], tmp_path / "none" / "x.jsonl", *QUICK) == 1
+    assert "choose another with --summary" in errors(capsys.readouterr().err)[0]
     assert run(*call[:-4], *QUICK, "--skip-existing", "--model", tmp_path / "none", "-f", "txt") == 0  # nothing to load
 
 

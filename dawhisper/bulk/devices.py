@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing import get_context
@@ -86,7 +87,8 @@ def share(work: Work, devices: Sequence[str], inputs: Sequence[Input], readers: 
                     warnings.warn(f"{worker.device} is left out: {message.why}", stacklevel=2)
                 else:
                     worker.has_begun = True
-                    worker.pipe.send(next_for(worker, waiting, suspects))
+                    with suppress(OSError):  # it has died since, which shows at the next look
+                        worker.pipe.send(next_for(worker, waiting, suspects))
         if waiting or suspects:
             raise OptionError(why or "every process died")
     finally:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dawhisper.errors import OptionError
+
 from .inputs import Input
 from .outcomes import Outcome
 
@@ -27,6 +29,14 @@ class Summary:
     failures: list[str] = field(default_factory=list)
     audio: float = 0.0  # seconds
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """OptionError where the file can't be written."""
+        try:
+            if self.file is not None:
+                self.file.open("a").close()
+        except OSError as error:
+            raise OptionError(f"can't write {self.file}: {error.strerror}; choose another with --summary") from None
 
     def skip(self, item: Input) -> None:
         self._add("skipped", {"audio": item.label, "output": item.output})
