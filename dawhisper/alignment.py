@@ -30,13 +30,13 @@ from .device import DEVICE_HELP, THREADS_HELP
 from .edits import common
 from .errors import OptionError, one_line
 from .files import writable_folder
-from .model import AudioFeatures, Whisper
+from .model import Whisper
 from .options import option
 from .timing import TimedText, Word, add_word_times, find_alignment
 from .transcribe import transcribe
 from .transcribe_files import WriterOptions, output_paths, write_outputs
 from .transcription import Segment, TranscribeOptions, Transcription
-from .window import mel_batch
+from .window import encode_batch, mel_batch
 
 LONGEST = 26.0  # seconds of a window between the rough times of its words, which pauses around them are added to
 SHORTEST = 10.0  # from here on a window may end, in the longest pause there is
@@ -229,8 +229,7 @@ def timed_words(
         clip = samples[round(start * SAMPLE_RATE) : round(min(stop, start + CHUNK_LENGTH) * SAMPLE_RATE)]
         if not len(clip):
             raise OptionError(f"the text goes on where the recording ends, at {format_timestamp(duration)}")
-        with torch.no_grad():
-            features: AudioFeatures = model.encode(mel_batch(model, [clip]).to(model.dtype))
+        features = encode_batch(model, mel_batch(model, [clip]))
         sentences = [list(group) for _, group in itertools.groupby(range(first, end), key=lambda i: given[i].sentence)]
         texts = [
             TimedText(
