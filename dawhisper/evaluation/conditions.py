@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import wave
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,8 @@ from dawhisper.noise.mixing import Mixture, active_power, add_noise, measure_snr
 from dawhisper.noise.recordings import NoiseBank
 
 WITH_SNR = (*MADE, "babble", "real")
-CONDITION_KINDS = ("clean", *WITH_SNR, "reverb", "noise-only")
+CONDITION_KINDS = ("clean", *WITH_SNR, "reverb", "noise-only", "recorded")
+UNMIXED = ("clean", "recorded")  # the recordings as they are: speech alone, or in noise when it was recorded
 DEFAULT_KINDS = ("clean", "white", "babble", "real", "reverb", "noise-only")
 DEFAULT_SNRS = (20.0, 10.0, 5.0, 0.0, -5.0)
 
@@ -103,23 +104,30 @@ def read_items(manifests: Sequence[str | Path], language: str | None = None) -> 
     found: list[list[EvaluationItem]] = []
     taken: set[str] = set()
     for manifest in manifests:
-        items = []
         report = Report()
         utterances = read_manifest(manifest, report)
         for place, why in report:  # training skips such a line, but a test set must be whole
             raise DataError(f"{place}: {why}; correct the line or drop it")
-        for utterance in utterances:
-            path = Path(utterance.audio)
-            if not (utterance.text or "").strip():
-                raise DataError(
-                    f"{manifest}: {path.name} has no text; errors are counted against it, so write it or drop it"
-                )
-            if not path.is_file():
-                raise DataError(f"{manifest}: no such audio file: {path}; check the manifest's audio paths")
-            utterance = replace(utterance, language=language or _code(utterance.language))
-            items.append(EvaluationItem(_unique(_name(utterance), taken), utterance))
-        found.append(items)
+        found.append(items_of(utterances, manifest, language, taken))
     return found
+
+
+def items_of(
+    utterances: Iterable[Utterance], manifest: str | Path, language: str | None, taken: set[str]
+) -> list[EvaluationItem]:
+    """The utterances of a manifest or corpus under names that are not taken yet; as `read_items`."""
+    items = []
+    for utterance in utterances:
+        path = Path(utterance.audio)
+        if not (utterance.text or "").strip():
+            raise DataError(
+                f"{manifest}: {path.name} has no text; errors are counted against it, so write it or drop it"
+            )
+        if not path.is_file():
+            raise DataError(f"{manifest}: no such audio file: {path}; check the manifest's audio paths")
+        utterance = replace(utterance, language=language or _code(utterance.language))
+        items.append(EvaluationItem(_unique(_name(utterance), taken), utterance))
+    return items
 
 
 def _code(language: str | None) -> str | None:
@@ -176,7 +184,7 @@ class Mixer:
         generator = self.generator(item, condition.kind)
         silence = torch.zeros_like(speech)
         clean = Mixture(speech, speech, silence, torch.tensor([math.inf]), lengths, [condition.kind])
-        if condition.kind == "clean":
+        if condition.kind in UNMIXED:
             return clean
         if condition.kind == "reverb":
             return replace(clean, audio=reverberate(speech, self._room(generator), lengths))
@@ -193,8 +201,8 @@ class Mixer:
 
     def signature(self, kind: str) -> str:
         """Changes when the recordings do that mixtures of this kind are made of, or the seed."""
-        if kind == "clean":
-            return ""
+        if kind in UNMIXED:
+            return kind.removeprefix("clean")
         bank = {"real": self.noises, "noise-only": self.noises, "reverb": self.rirs}.get(kind)
         names = [item.id for item in self.pool] if kind == "babble" else []
         if bank is not None:

@@ -44,10 +44,12 @@ from .conditions import (
     EvaluationItem,
     Mixer,
     conditions,
+    items_of,
     read_items,
     write_wav,
 )
 from .gates import GateReading, read_gates, summarize
+from .protocols import PROTOCOLS, known_protocol, utterances_of
 from .recognizers import EVALUATED_DTYPES, Decoding, ModelSpec, Ours, Recognizer
 from .scores import Hypothesis, Scorer
 
@@ -57,6 +59,7 @@ class EvaluateOptions:
     """What to measure, and how.
 
     manifests: JSON lines with "audio" and "text". models: see recognizers.py; the first one is the baseline.
+    protocol: one of protocols.py, with its kinds and SNRs; the manifests are then folders of its corpus.
     noise, rirs: folders or manifests of recordings for the kinds real and noise-only, and of room impulse responses.
     kinds, snrs: see conditions.py; snrs in dB; no kinds: clean white babble real reverb noise-only, but not
         real where there is no noise. out: folder of the results.
@@ -80,6 +83,9 @@ class EvaluateOptions:
         f"once for each model, the first one is what others are compared with; {OWN_MODEL} by default",
         name="model",
         append=True,
+    )
+    protocol: str | None = option(
+        None, "the positional folders are corpora, read and mixed as others report on them", choices=[*PROTOCOLS]
     )
     noise: Sequence[str] = option((), "recordings of noise, for the kinds real and noise-only", metavar="DIR")
     rirs: Sequence[str] = option((), "room impulse responses for reverb; made up by default", name="rir", metavar="DIR")
@@ -122,6 +128,10 @@ class EvaluateOptions:
         if not 0 <= self.front_end_mix <= 1:
             raise OptionError(f"front_end_mix lies between 0 and 1, not {self.front_end_mix}")
         metrics.normalizer(self.normalizer, None)
+        if self.protocol is not None:
+            protocol = known_protocol(self.protocol)
+            object.__setattr__(self, "kinds", self.kinds or protocol.kinds)
+            object.__setattr__(self, "snrs", protocol.snrs if self.snrs == DEFAULT_SNRS else self.snrs)
         if not self.kinds:
             made = [kind for kind in DEFAULT_KINDS if self.noise or kind != "real"]
             object.__setattr__(self, "kinds", tuple(made))
@@ -140,7 +150,12 @@ def evaluate(options: EvaluateOptions) -> tables.Results | None:
         models += recognizers.behind(models, options.front_end, options.front_end_mix)
     recognizers.check_models(models, options.dtype)
     language = None if options.language in (None, "auto") else language_code(str(options.language))
-    manifests = read_items(options.manifests, language)
+    if options.protocol is None:
+        manifests = read_items(options.manifests, language)
+    else:
+        taken: set[str] = set()
+        corpora = [utterances_of(options.protocol, Path(folder)) for folder in options.manifests]
+        manifests = [items_of(*pair, language, taken) for pair in zip(corpora, options.manifests)]
     items = [item for manifest in manifests for item in manifest[: options.limit]]
     mixer = Mixer(
         [item for manifest in manifests for item in manifest],

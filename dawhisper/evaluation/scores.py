@@ -54,8 +54,8 @@ class Score:
     """A model under a condition, over one group of utterances ("all", "source:NAME" or "language:CODE").
 
     wer is in percent; its interval is over utterances, that of wer_speakers over speakers. Substitutions, deletions,
-    insertions, empty (of what should not be) and loops are counts. hallucinated: words per minute of noise without
-    speech, there alone. latency in seconds; rtf: processing time over audio time.
+    insertions, empty (of what should not be) and loops are counts. hallucinated, hallucinated_characters: words and
+    characters per minute of noise without speech, there alone. latency in seconds; rtf: processing over audio time.
     The condition "noisy mean" is the mean of the rates at all kinds of noise and SNRs; its counts are sums.
     """
 
@@ -76,6 +76,7 @@ class Score:
     empty: int
     loops: int
     hallucinated: float
+    hallucinated_characters: float
     latency: dict[str, float]
     rtf: float
 
@@ -189,9 +190,7 @@ class Scorer:
             speakers = _speakers([s.item for s in cells[0]])
             if speakers is not None:
                 over_speakers = _percent(metrics.bootstrap(errors, words, speakers, self.samples, self.seed))
-        hallucinated = (
-            sum(s.words.insertions for s in flat) / (seconds / 60) if kind == "noise-only" and seconds else NAN
-        )
+        minutes = seconds / 60 if kind == "noise-only" and seconds else NAN
         return Score(
             model=model,
             condition=condition,
@@ -209,7 +208,8 @@ class Scorer:
             insertions=sum(s.words.insertions for s in flat),
             empty=sum(s.empty for s in flat),
             loops=sum(s.loop for s in flat),
-            hallucinated=hallucinated,
+            hallucinated=sum(s.words.insertions for s in flat) / minutes,
+            hallucinated_characters=sum(s.characters.insertions for s in flat) / minutes,
             latency=metrics.percentiles([s.hypothesis.latency for s in flat]),
             rtf=sum(s.hypothesis.cost for s in flat) / seconds if seconds else NAN,
         )

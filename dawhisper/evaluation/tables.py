@@ -143,7 +143,7 @@ def _errors(results: Results) -> Table:
 
 
 def _noise_only(results: Results) -> Table:
-    columns = ["model", "hallucinated words per minute", "utterances with words", "loops"]
+    columns = ["model", "hallucinated words per minute", "characters per minute", "utterances with words", "loops"]
     rows = []
     if any(c.kind == "noise-only" for c in results.conditions):
         for model in results.models:
@@ -153,7 +153,8 @@ def _noise_only(results: Results) -> Table:
                 for x in results.scored
                 if (x.hypothesis.model, x.hypothesis.condition) == (model, s.condition)
             )
-            rows.append([model, _number(s.hallucinated), f"{talking} of {s.utterances}", str(s.loops)])
+            rates = [_number(s.hallucinated), _number(s.hallucinated_characters)]
+            rows.append([model, *rates, f"{talking} of {s.utterances}", str(s.loops)])
     return "Noise without speech", columns, rows
 
 
