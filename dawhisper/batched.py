@@ -155,15 +155,15 @@ def iter_batched(
 ) -> Iterator[tuple[BatchedRecording, list[Segment]]]:
     """Yields a recording and its next segments as they become known; of each one, once, when it is finished.
 
-    Recordings are read ahead of the model, `readers` at once (as `readers_for` by default), and are asked for when
-    they are to be read, so that they may come from a queue.
+    Recordings are read ahead of the model, at most `readers` at once and no more than `readers_for` it, and are asked
+    for when they are to be read, so that they may come from a queue.
     """
     warn_of_translated_words(options)
     detector()  # loaded here, since its import changes torch's threads for a moment
     size = options.batch_size or 1
     again: deque[PendingWindow] = deque()  # what windows left unheard
     with (
-        closing(read_together(recordings, options, size, readers or readers_for(model))) as pieces,
+        closing(read_together(recordings, options, size, min(readers or READERS, readers_for(model)))) as pieces,
         tqdm(unit="s", disable=options.verbose is not False) as bar,
     ):
         while True:

@@ -128,7 +128,7 @@ def transcribe_files(
         elif len(inputs) > 1 and made.verbose:
             show(f"{item.label}: {outcome.duration:.1f} s, {item.output}")
     told = summary.close()
-    if len(inputs) > 1 or files.audio[0] != inputs[0].source:
+    if len(inputs) > 1 or done:
         print(told, file=sys.stderr)
     return failed
 
