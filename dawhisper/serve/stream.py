@@ -59,7 +59,7 @@ class StreamOptions:
     margin: float = option(0.5, "of the policy attention: seconds that must follow a final word")
     silence: float = option(0.8, "seconds of pause that end a turn")
     longest: float = option(15.0, "seconds of audio that are decoded again")
-    threshold: float = option(vad.THRESHOLD, "probability from which on sound counts as speech")
+    threshold: float = option(vad.THRESHOLD, "probability from which on sound counts as speech", name="vad_threshold")
 
     def __post_init__(self) -> None:
         if self.policy not in ("attention", "agreement"):
@@ -70,7 +70,7 @@ class StreamOptions:
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} lies between {low} and {high} seconds, not {getattr(self, name)}")
         if not 0 < self.threshold < 1:
-            raise OptionError(f"threshold lies between 0 and 1, not {self.threshold}")
+            raise OptionError(f"vad_threshold lies between 0 and 1, not {self.threshold}")
         object.__setattr__(self, "language", asked_language(self.language))
 
 

@@ -50,6 +50,7 @@ class Page:
     def __init__(self, driver: object, url: str, loaded: bool = True):
         self.driver: object = driver
         driver.set_window_size(1100, 900)  # type: ignore[attr-defined]
+        self.errors()  # those of the page before are read now
         driver.get(url)  # type: ignore[attr-defined]
         if loaded:
             self.until("document.querySelectorAll('#model option').length")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -179,8 +180,47 @@ def test_a_loop_ends_with_its_sound_and_is_never_shown(monkeypatch: pytest.Monke
     noise = (0.1 * np.random.default_rng(0).normal(size=16000 * 4)).astype(np.float32)
     updates = [stream.feed(piece) for piece in np.split(noise, 4)] + [stream.finish()]
     assert not any(update.words or update.pending for update in updates)
-    assert len(lengths) == 5
+    assert [seconds for seconds, _ in lengths] == [1, 2, 3, 4] + [4] * 6  # the end is tried at each temperature
     assert all(0 < n <= 8 + 12 * seconds for seconds, n in lengths)
+
+
+SAID, OTHER, LOOP = " One two three.", " Four five.", " la la la la la la la la la la la la la la la la la la"
+
+
+@pytest.mark.parametrize(
+    ("said", "logprobs", "no_speech", "given"),
+    [
+        ([SAID, OTHER, OTHER], [-1.5, -1.2, -0.6], 0.1, " Four five."),  # as soon as one is likely
+        ([SAID, OTHER, OTHER], [-1.5, -1.2, -1.4], 0.1, " Four five."),  # else the likeliest
+        ([OTHER, LOOP, LOOP], [-1.5, -0.2, -0.2], 0.1, " Four five."),  # that does not loop
+        ([LOOP, LOOP, LOOP], [-0.2, -0.2, -0.2], 0.1, ""),
+        ([SAID, OTHER, OTHER], [-1.5, -1.2, -1.3], 0.9, ""),  # nobody speaks
+    ],
+)
+def test_what_is_doubtful_at_the_end_is_decoded_again(
+    monkeypatch: pytest.MonkeyPatch, said: list[str], logprobs: list[float], no_speech: float, given: str
+) -> None:
+    model = pair()[0]
+    tokenizer = model_tokenizer(model, "en")
+    temperatures: list[float] = []
+
+    def decoded(model: object, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
+        i = min(len(temperatures), 2)
+        temperatures.append(options.temperature)
+        tokens = tokenizer.encode(said[i])
+        ratio = 5.0 if said[i] == LOOP else 1.0
+        made = DecodingResult(features, "en", None, tokens, said[i], logprobs[i], no_speech, options.temperature, ratio)
+        return [replace(made, logprobs=[logprobs[i]] * len(tokens))]
+
+    monkeypatch.setattr("dawhisper.serve.stream.decode_windows", decoded)
+    stream = Stream(model, StreamOptions(language="en", step=5.0))
+    assert stream.feed(0.1 * np.ones(16000 * 2, np.float32)).words == []  # more may come
+    temperatures.clear()
+    update = stream.finish()
+    assert text_of(update.words) == given
+    assert update.end_of_turn
+    assert temperatures == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0][: len(temperatures)]
+    assert all(len(w.logprobs or []) == len(w.tokens) > 0 for w in update.words)
 
 
 def test_a_pipe_that_is_ahead_comes_in_larger_pieces() -> None:
