@@ -27,6 +27,7 @@ FIELDS = {
     "model": "a name that /v1/models lists; the first one by default",
     "language": "code or English name of the language spoken; found out by default",
     "prompt": "text before the first word: names, spelling, style",
+    "hotwords": "names and terms to listen for, with commas (not one of OpenAI's fields)",
     "response_format": "json, text, srt, verbose_json or vtt",
     "temperature": "0 to 1; 0 tries higher ones where the text is doubtful",
     "timestamp_granularities": "segment, word; with verbose_json or stream",
@@ -39,7 +40,7 @@ OFFERED = {"include": ("logprobs", "gate"), "chunking_strategy": ("auto",)}  # o
 INDEX = re.compile(r"\[\d*\]$")  # of a list's field: NAME[] or NAME[0]
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
-MOST_PROMPT = 4000  # characters
+MOST_PROMPT = 4000  # characters, of hotwords too
 DESCRIBED = {  # for /docs
     "requestBody": {
         "required": True,
@@ -139,9 +140,9 @@ def check(values: Mapping[str, list[str]], service: Service, task: str) -> Asked
         temperature = math.nan
     if not 0 <= temperature <= 1:
         raise ApiError(400, "temperature lies between 0 and 1", "temperature")
-    prompt = one("prompt")
-    if len(prompt) > MOST_PROMPT:
-        raise ApiError(400, f"prompt has more than {MOST_PROMPT} characters", "prompt")
+    for field in ("prompt", "hotwords"):
+        if len(one(field)) > MOST_PROMPT:
+            raise ApiError(400, f"{field} has more than {MOST_PROMPT} characters", field)
     included = values.get("include", [])
     gates, logprobs = "gate" in included, "logprobs" in included
     if logprobs and response_format != "json":
@@ -149,7 +150,8 @@ def check(values: Mapping[str, list[str]], service: Service, task: str) -> Asked
     options = TranscribeOptions.of(
         task=task,
         language=checked_language(name, service.engine.models[name], one("language") or None, task),
-        initial_prompt=prompt or None,
+        initial_prompt=one("prompt") or None,
+        hotwords=one("hotwords") or None,
         word_timestamps=gates or "word" in granularities,
         logprobs=logprobs,
         **({"temperature": temperature} if temperature else {}),  # 0 is what falls back to others

@@ -23,6 +23,7 @@ from websockets.sync.client import connect
 import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.errors import OptionError
+from dawhisper.serve.forms import check
 from dawhisper.serve.options import ServerOptions
 from dawhisper.serve.server import load_models
 from dawhisper.serve.worker import Engine, TranscriptionTask, transcribe_together
@@ -271,6 +272,12 @@ def test_the_key() -> None:
             assert json.loads(live.recv())["error"]["code"] == "invalid_api_key"
 
 
+def test_hotwords_reach_the_decoder(random_server: Running) -> None:
+    asked = check({"hotwords": ["Szeged, Nagy"]}, random_server.service, "transcribe")
+    assert asked.options.decoding.hotwords == "Szeged, Nagy"
+    assert post(random_server, hotwords="Szeged, Nagy").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -282,6 +289,7 @@ def test_the_key() -> None:
         ({"timestamp_granularities[]": "letter", "response_format": "verbose_json"}, "timestamp_granularities"),
         ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
         ({"prompt": "x" * 5000}, "prompt"),
+        ({"hotwords": "x" * 5000}, "hotwords"),
         ({"include[]": "usage"}, "include"),
         ({"chunking_strategy": '{"type": "server_vad"}'}, "chunking_strategy"),
         ({"known_speaker_names[]": "Ann"}, "known_speaker_names"),
