@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dawhisper.audio import SAMPLE_RATE, to_int16
-from dawhisper.errors import DataError, OptionError
+from dawhisper.errors import DataError, OptionError, one_line
 
 from .manifest import Report, SpokenSegment, Utterance, encode_audio
 
@@ -51,8 +51,12 @@ def _the_extra() -> Iterator[None]:
 def is_lhotse(source: Path) -> bool:
     """Whether it is a manifest of lhotse, or a folder of them."""
     if source.is_dir():
-        return any(_manifests(source, "cuts")) or any(_manifests(source, "recordings"))
-    return source.name.endswith(".jsonl.gz") or (source.suffix == ".jsonl" and '"supervisions"' in _first_line(source))
+        return any(is_lhotse(file) for kind in ("cuts", "recordings") for file in _manifests(source, kind))
+    if source.name.endswith(".jsonl.gz"):
+        return True
+    return source.suffix == ".jsonl" and any(
+        key in _first_line(source) for key in ('"supervisions"', '"sampling_rate"')
+    )
 
 
 def read_lhotse(source: Path, recipe: str, out: Path, report: Report) -> Iterator[tuple[Utterance, str | None]]:
@@ -64,23 +68,26 @@ def read_lhotse(source: Path, recipe: str, out: Path, report: Report) -> Iterato
     with _the_extra():
         import lhotse
         import lhotse.recipes
-    for name, cuts in _by_recipe(lhotse, source, recipe, out) if recipe else _from_files(lhotse, source):
-        for cut in cuts:
-            try:
-                yield _utterance_of(cut, source, out), split_named(name)
-            except Exception as error:  # lhotse raises anything for a recording that isn't there
-                report.add(f"{name}/{cut.id}", f"not usable: {type(error).__name__}: {error}")
+    try:
+        found = _by_recipe(lhotse, source, recipe, out) if recipe else _from_files(lhotse, source)
+        listed = [(name, cut) for name, cuts in found for cut in cuts]
+    except OptionError:
+        raise
+    except Exception as error:  # a recipe may raise anything where the corpus is another than it expects
+        how = f"lhotse's recipe {recipe}" if recipe else "lhotse"
+        raise DataError(f"{how} can't read {source}: {type(error).__name__}: {one_line(error)}") from None
+    for name, cut in listed:
+        try:
+            yield _utterance_of(cut, source, out), split_named(name)
+        except Exception as error:  # and for a recording that isn't there
+            report.add(f"{name}/{cut.id}", f"not usable: {type(error).__name__}: {one_line(error)}")
 
 
 def _by_recipe(lhotse: Any, source: Path, recipe: str, out: Path) -> Iterator[tuple[str, Any]]:
     function = getattr(lhotse.recipes, f"prepare_{recipe}", None)
     if function is None:
         raise OptionError(f"lhotse {lhotse.__version__} has no recipe {recipe!r}; `lhotse prepare` lists those it has")
-    try:
-        made = function(source, output_dir=out / "lhotse")
-    except Exception as error:
-        raise DataError(f"lhotse's recipe {recipe} can't read {source}: {type(error).__name__}: {error}") from None
-    yield from _cuts_in(lhotse, made, "")
+    yield from _cuts_in(lhotse, function(source, output_dir=out / "lhotse"), "")
 
 
 def _cuts_in(lhotse: Any, made: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
@@ -186,7 +193,7 @@ def read_dataset(name: str, out: Path, report: Report) -> Iterator[DatasetRow]:
         else:
             made = datasets.load_dataset(*name.split(":", 1))
     except Exception as error:
-        raise DataError(f"datasets can't load {name}: {type(error).__name__}: {error}") from None
+        raise DataError(f"datasets can't load {name}: {type(error).__name__}: {one_line(error)}") from None
     for split, rows in made.items() if isinstance(made, dict) else [("", made)]:
         column = next((key for key, feature in rows.features.items() if isinstance(feature, datasets.Audio)), None)
         if column is None:

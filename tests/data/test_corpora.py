@@ -14,6 +14,7 @@ from dawhisper.data.corpora import split_named
 from dawhisper.data.loader import Utterance, read_audio, read_manifest
 from dawhisper.data.manifest import encode_audio
 from dawhisper.data.prepare import PrepareOptions, PrepareReport, prepare
+from dawhisper.data.releases import detect_format
 from dawhisper.errors import DataError, OptionError
 
 TEXTS = {"a": "one two", "b": "three", "c": "four five"}
@@ -125,6 +126,12 @@ def test_a_recipe_of_lhotse(clips: dict[str, Path], tmp_path: Path, capsys: pyte
     found = listed(run(tmp_path, tmp_path / "out", format="lhotse:ljspeech", split=(1.0, 0.0, 0.0)))
     assert set(found) == set(TEXTS.values())
     assert all(Path(u.audio).parent == (tmp_path / "wavs").resolve() and u.start is None for u in found.values())
+    (tmp_path / "cuts.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="lhotse can't read"):
+        run(tmp_path / "cuts.jsonl.gz", tmp_path / "out")
+    (tmp_path / "cuts.jsonl.gz").unlink()
+    (tmp_path / "recordings.jsonl").write_text('{"audio": "wavs/a.wav"}')
+    assert detect_format(tmp_path) == "ljspeech"  # a manifest of ours is none of lhotse's, whatever its name
     with pytest.raises(OptionError, match="no recipe 'nothing'"):
         run(tmp_path, tmp_path / "out", format="lhotse:nothing")
     with pytest.raises(DataError, match="recipe ami can't read"):
