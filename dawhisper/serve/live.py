@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,7 +87,7 @@ class Session:
         raise NotImplementedError
 
     @contextlib.asynccontextmanager
-    async def listening(self) -> Any:
+    async def listening(self) -> AsyncIterator[None]:
         """`read` runs in the background."""
         self.reading = asyncio.create_task(self.read())
         self.reading.add_done_callback(lambda _: self.inbox.put(self.END))

@@ -211,9 +211,8 @@ class Realtime(Session):
     def __init__(self, service: Service, socket: WebSocket):
         super().__init__(service, socket)
         self.protocols = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
-        self.is_beta = "realtime=v1" in socket.headers.get("openai-beta", "") or "openai-beta.realtime-v1" in (
-            self.protocols
-        )
+        beta = "openai-beta.realtime-v1" in self.protocols
+        self.is_beta = beta or "realtime=v1" in socket.headers.get("openai-beta", "")
         self.id = new_id("sess")
         self.settings = Settings()
         self.decoder = Decoder(self.settings.audio.input.format)
@@ -238,12 +237,10 @@ class Realtime(Session):
         await self.send("error", error={**error.body()["error"], "event_id": cause})
 
     async def tell_settings(self, what: str) -> None:
-        if self.is_beta:
-            session = {"object": "realtime.transcription_session", **as_beta(self.settings)}
-            await self.send(f"transcription_session.{what}", session={"id": self.id, **session})
-        else:
-            session = {"object": "realtime.transcription_session", **self.settings.model_dump()}
-            await self.send(f"session.{what}", session={"id": self.id, **session})
+        kind = "transcription_session" if self.is_beta else "session"
+        session = as_beta(self.settings) if self.is_beta else self.settings.model_dump()
+        about = {"id": self.id, "object": "realtime.transcription_session"}
+        await self.send(f"{kind}.{what}", session=about | session)
 
     async def run(self) -> None:
         name = self.socket.query_params.get("model")
@@ -315,7 +312,7 @@ class Realtime(Session):
 
     def stream_options(self, settings: Settings) -> tuple[str, StreamOptions]:
         """The model's name, and how it is to listen; ApiError where there is no such model or language."""
-        asked, turns = settings.audio.input.transcription or Asked(), settings.audio.input.turn_detection
+        asked, turns = settings.audio.input.transcription, settings.audio.input.turn_detection
         name = self.service.model_named(asked.model or "whisper-1")
         language = checked_language(name, self.service.engine.models[name], asked.language, "transcribe")
         if turns is None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -133,7 +134,7 @@ def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: 
     engine = Engine({"m": model}, batch_size=3, on_batch=lambda model, waited: sizes.append(len(waited)))
     together = threading.Event()
     try:
-        engine.submit(together.wait)  # so that the clips wait together
+        engine.submit(partial(together.wait, 20))  # so that the clips wait together
         futures = [engine.submit(TranscriptionTask("m", clip, TranscribeOptions.of(**once))) for clip in clips]
         together.set()
         assert [f.result(60).text for f in futures] == expected
@@ -154,7 +155,7 @@ def test_clips_of_like_length_are_decoded_together_where_the_context_varies() ->
     engine = Engine({"m": model}, on_batch=lambda model, waited: sizes.append(len(waited)))
     together = threading.Event()
     try:
-        engine.submit(together.wait)  # so that the clips wait together
+        engine.submit(partial(together.wait, 20))  # so that the clips wait together
         futures = [engine.submit(TranscriptionTask("m", clip, options)) for clip in clips]
         together.set()
         for future, alone in zip(futures, expected):
@@ -399,7 +400,7 @@ def test_an_error_in_a_batch_is_its_own_clips() -> None:
     options = TranscribeOptions.of(temperature=0.0, language="en", without_timestamps=True, sample_len=6)
     together = threading.Event()
     try:
-        engine.submit(together.wait)  # so that the others wait together
+        engine.submit(partial(together.wait, 20))  # so that the others wait together
         good = engine.submit(TranscriptionTask("m", sound(0), options))
         bad = engine.submit(TranscriptionTask("m", np.zeros((2, 2, 2), np.float32), options))
         together.set()

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -105,13 +106,17 @@ def test_a_silent_or_too_fast_client_of_live_audio() -> None:
                     live.send(message)
                 assert list(messages(live))[-1]["error"]["code"] == "too_slow"
         busy = threading.Event()
-        server.engine.submit(busy.wait)
+        server.engine.submit(partial(busy.wait, 20))
         with connect(server.ws, max_size=None) as live:
             live.send("{}")
             for _ in range(5):
                 live.send(bytes(16000 * 2 * 20))
+            deadline = time.monotonic() + 10
+            while not any(session.reading and session.reading.done() for session in [*server.service.lives]):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            busy.set()
             assert list(messages(live))[-1]["error"]["code"] == "too_fast"
-        busy.set()
 
 
 def test_a_bug_is_said_and_logged(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
