@@ -116,6 +116,7 @@ def place(tmp_path: Path) -> Path:
     speech = load_audio(ROOT / "assets" / "speech.opus")
     for name in ("recording.wav", "talk.wav"):
         write_wav(folder / name, speech[:32000])
+    (folder / "text.txt").write_text("modern printers understand this")
     for name in ("speech", "recordings", "SOURCE"):
         for i in range(4):  # a folder for each speaker
             (folder / name / str(i)).mkdir(parents=True)
@@ -188,7 +189,7 @@ class Reader:
             self.serve([f"base={model}" if word == "base" else word for word in words[1:]])
             return
         words = [str(model) if word == "base" else word for word in words]
-        if words[0] in ("transcribe", "visualize", "bench", "stream") and "--model" not in words:
+        if words[0] in ("transcribe", "align", "visualize", "bench", "stream") and "--model" not in words:
             words += ["--model", str(model)]
         if words[0] == "evaluate":
             words += ["--limit", "1", "--bootstrap-samples", "10", "--snr", "0", "--kinds", "clean", "white"]
