@@ -79,10 +79,12 @@ def find_inputs(named: Sequence[str], recursive: bool = False) -> list[Input]:
     """
     several = len(named) > 1
     listed = [each for name in named for each in _listed(name, recursive, several)]
-    once = list({(each.source, each.settings, each.output): each for each in reversed(listed)}.values())[::-1]
+    once: dict[tuple[object, ...], Input] = {}
+    for each in listed:
+        once.setdefault((each.source, each.settings, each.output), each)
     if again := len(listed) - len(once):
         warnings.warn(f"{again} recording(s) are named more than once; each is transcribed once", stacklevel=2)
-    return with_outputs(once)
+    return with_outputs(list(once.values()))
 
 
 def _listed(name: str, recursive: bool, several: bool) -> Iterator[Input]:
@@ -91,7 +93,7 @@ def _listed(name: str, recursive: bool, several: bool) -> Iterator[Input]:
         yield Input(Content(sys.stdin.buffer.read(), "standard input"))
     elif is_address(name):
         yield Input(name)
-    elif _is(path.is_dir):
+    elif name and _is(path.is_dir):  # an empty name would be the folder where we are
         yield from _in_folder(path, recursive, several)
     elif glob.has_magic(name) and not _is(path.exists):
         yield from _matching(name, recursive)

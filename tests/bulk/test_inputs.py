@@ -108,7 +108,9 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_named_twice_is_done_once(tmp_path: Path) -> None:
     touch(tmp_path, "a.wav", "b.wav")
     with pytest.warns(UserWarning, match=r"1 recording\(s\) are named more than once"):
-        assert len(find_inputs([str(tmp_path), str(tmp_path / "a.wav")])) == 2
+        found = find_inputs([str(tmp_path), str(tmp_path / "a.wav")])
+    assert [each.output for each in found] == ["a", "b"]
+    assert [each.source for each in find_inputs([""])] == [""]  # which fails, and is not the folder where we are
 
 
 def test_names_never_collide_on_any_disk() -> None:
