@@ -5,9 +5,9 @@
 
 Makes the files from the clips of a manifest, one after the other with pauses between them; they stay in --folder for
 the next run. Each package has a process of its own, from its start to its last file: imports, loading, decoding of
-files, text, subtitles. Both decode greedily. Printed are times real time, from the start and from the loaded model on;
-of dawhisper on one device, how much of the time the model waited for audio; and the GPU's utilisation, as nvidia-smi
-tells it every half second, from the loaded model on. Loading is all until the first file was asked for.
+files (by PyAV for both), text, subtitles. Both decode greedily. Printed are times real time, from the start and from
+the loaded model on; of dawhisper on one device, how much of the time the model waited for audio; and the GPU's
+utilisation, as nvidia-smi tells it every half second, from the loaded model on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dawhisper.audio import SAMPLE_RATE, to_int16
+from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
 from dawhisper.data.manifest import encode_audio
 
 PAUSE = 0.5  # seconds between two clips
@@ -195,13 +195,14 @@ def run_transformers(args: argparse.Namespace, files: list[Path], out: Path, tol
     )
     out.mkdir(parents=True)
     told.send({"loaded": time.time()})
+    recognise.tokenizer.pad_token_id = recognise.model.config.eos_token_id  # batches need one
     multilingual = recognise.model.generation_config.is_multilingual
     asked = {"language": args.language, "task": "transcribe"} if multilingual else {}
 
-    def names() -> Iterator[str]:
-        yield from map(str, files)
+    def sounds() -> Iterator[dict[str, Any]]:  # of a file's name the pipeline would ask the ffmpeg command
+        yield from ({"raw": load_audio(file), "sampling_rate": SAMPLE_RATE} for file in files)
 
-    for file, heard in zip(files, recognise(names(), return_timestamps=True, generate_kwargs=asked)):
+    for file, heard in zip(files, recognise(sounds(), return_timestamps=True, generate_kwargs=asked)):
         segments = [
             {"start": chunk["timestamp"][0] or 0.0, "end": chunk["timestamp"][1] or args.seconds, "text": chunk["text"]}
             for chunk in heard["chunks"]
