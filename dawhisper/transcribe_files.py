@@ -31,7 +31,7 @@ from .model import Whisper
 from .options import option
 from .speakers import Diarizer, pyannote_diarizer, with_speakers
 from .transcription import Settings, TranscribeOptions, Transcription
-from .writers import WRITERS
+from .writers import ALL, WRITERS
 
 SMALLEST_INCREMENT = 0.01  # of the temperature
 
@@ -40,7 +40,9 @@ SMALLEST_INCREMENT = 0.01  # of the temperature
 class WriterOptions:
     """The format of the outputs, and how subtitles break into lines where there are word times."""
 
-    output_format: str = option("all", "what is written", short="-f", choices=[*WRITERS, "all"])
+    output_format: str = option(
+        "all", "what is written; all: txt, vtt, srt, tsv, json", short="-f", choices=[*WRITERS, "all"]
+    )
     highlight_words: bool = option(False, "underline words as they are spoken (srt and vtt)")
     max_line_width: int | None = option(None, "characters in a line of subtitles")
     max_line_count: int | None = option(None, "lines in a subtitle")
@@ -246,5 +248,5 @@ def write_outputs(result: Transcription, name: str, output_dir: Path, writing: W
 
 def output_paths(name: str, output_dir: Path, writing: WriterOptions) -> dict[str, Path]:
     """Where a file's output in each format goes."""
-    formats = WRITERS if writing.output_format == "all" else (writing.output_format,)
+    formats = ALL if writing.output_format == "all" else (writing.output_format,)
     return {each: output_dir / f"{name}.{WRITERS[each].extension}" for each in formats}

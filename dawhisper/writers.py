@@ -104,3 +104,4 @@ WRITERS: dict[str, type[ResultWriter]] = {
     "json": WriteJSON,
     "TextGrid": WriteTextGrid,
 }
+ALL = ("txt", "vtt", "srt", "tsv", "json")  # what openai-whisper writes where all formats are asked for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from dawhisper.alignment import GivenWord, align, check_fit, given_words, into_s
 from dawhisper.cli import main
 from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import OptionError
+from dawhisper.writers import WRITERS
 
 TEXT = "so that the waters were made to stand firm as a wall on either side."
 
@@ -90,12 +92,13 @@ def test_the_command(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     clip = str(assets / "speech_quiet.opus")
     assert main(["align", clip, str(tmp_path / "text.txt"), "--language", "en", "-o", str(tmp_path / "out")]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {f"speech_quiet.{kind}" for kind in ("txt", "vtt", "srt", "tsv", "json", "TextGrid")}
-    assert str(tmp_path / "out" / "speech_quiet.TextGrid") in capsys.readouterr().out
+    assert written == {f"speech_quiet.{kind}" for kind in ("txt", "vtt", "srt", "tsv", "json")}
+    assert str(tmp_path / "out" / "speech_quiet.json") in capsys.readouterr().out
     made = json.loads((tmp_path / "out" / "speech_quiet.json").read_text("utf-8"))
     assert [w["word"].strip() for w in made["segments"][0]["words"]] == TEXT.split()
-    grid = (tmp_path / "out" / "speech_quiet.TextGrid").read_text("utf-8")
-    assert grid.startswith('File type = "ooTextFile"') and 'text = "waters"' in grid
+    grid = io.StringIO()
+    WRITERS["TextGrid"]("").write_result(made, grid)
+    assert grid.getvalue().startswith('File type = "ooTextFile"') and 'text = "waters"' in grid.getvalue()
 
     (tmp_path / "other.txt").write_text("An entirely different sentence about coffee orders and rainbows.", "utf-8")
     assert main(["align", clip, str(tmp_path / "other.txt"), "--language", "en", "-o", str(tmp_path)]) == 1
