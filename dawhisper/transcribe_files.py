@@ -31,7 +31,7 @@ from .model import Whisper
 from .options import option
 from .speakers import Diarizer, pyannote_diarizer, with_speakers
 from .transcription import Settings, TranscribeOptions, Transcription
-from .writers import ALL, WRITERS
+from .writers import ONLY_BY_NAME, WRITERS
 
 SMALLEST_INCREMENT = 0.01  # of the temperature
 
@@ -248,5 +248,6 @@ def write_outputs(result: Transcription, name: str, output_dir: Path, writing: W
 
 def output_paths(name: str, output_dir: Path, writing: WriterOptions) -> dict[str, Path]:
     """Where a file's output in each format goes."""
-    formats = ALL if writing.output_format == "all" else (writing.output_format,)
+    every = [name for name in WRITERS if name not in ONLY_BY_NAME]
+    formats = every if writing.output_format == "all" else [writing.output_format]
     return {each: output_dir / f"{name}.{WRITERS[each].extension}" for each in formats}

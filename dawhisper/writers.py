@@ -104,4 +104,4 @@ WRITERS: dict[str, type[ResultWriter]] = {
     "json": WriteJSON,
     "TextGrid": WriteTextGrid,
 }
-ALL = ("txt", "vtt", "srt", "tsv", "json")  # what openai-whisper writes where all formats are asked for
+ONLY_BY_NAME = ("TextGrid",)  # not written where all formats are asked for: openai-whisper has not got it
