@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import whisper
+from helpers.models import save_openai
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,11 +52,6 @@ def inputs(dims: ModelDimensions) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def logits(model: Whisper) -> Tensor:
     return model(*inputs(model.dims))
-
-
-def save_openai(model: Whisper, path: Path) -> Path:
-    torch.save({"dims": dataclasses.asdict(model.dims), "model_state_dict": model.state_dict()}, path)
-    return path
 
 
 @pytest.fixture

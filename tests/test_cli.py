@@ -10,14 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers.command_line import QUICK, run
-from helpers.models import pair
+from helpers.command_line import QUICK, error_lines, run
+from helpers.models import pair, save_openai
 from helpers.sound import noise, write_wav
 
 from dawhisper.checkpoint import load_model
@@ -29,18 +27,12 @@ from dawhisper.transcribe_files import fallback_temperatures
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random checkpoint in OpenAI's format."""
     ours, _ = pair()
-    path = tmp_path_factory.mktemp("model") / "random.pt"
-    torch.save({"dims": asdict(ours.dims), "model_state_dict": ours.state_dict()}, path)
-    return str(path)
+    return str(save_openai(ours, tmp_path_factory.mktemp("model") / "random.pt"))
 
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return write_wav(tmp_path / "clip.wav", noise(3))
-
-
-def error_lines(err: str) -> list[str]:
-    return [line for line in err.splitlines() if line.startswith("dawhisper: error:")]
 
 
 def test_writes_every_format(model: str, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

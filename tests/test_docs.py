@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.models import MULTILINGUAL, talkative
+from helpers.models import MULTILINGUAL, save_openai, talkative
 from helpers.server import launch
 from helpers.sound import noise, write_wav
 from helpers.training import SPEED
@@ -109,9 +108,7 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small multilingual model in OpenAI's format, for what does not depend on what it has learnt."""
     torch.manual_seed(0)
     model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=30.0)
-    path = tmp_path_factory.mktemp("random") / "base.pt"
-    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, path)
-    return path
+    return save_openai(model, tmp_path_factory.mktemp("random") / "base.pt")
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import MULTILINGUAL, talkative
+from helpers.models import MULTILINGUAL, save_openai, talkative
 from helpers.sound import write_clips
 
 from dawhisper.model import Whisper
@@ -127,9 +126,7 @@ def program(code: str, *words: object, path: Path | None = None) -> subprocess.C
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = talkative(Whisper(MULTILINGUAL).eval(), eot_bias=1000.0)
-    path = tmp_path_factory.mktemp("tiny") / "tiny.pt"
-    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, path)
-    return path
+    return save_openai(model, tmp_path_factory.mktemp("tiny") / "tiny.pt")
 
 
 @pytest.mark.timeout(200)

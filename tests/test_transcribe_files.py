@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers.command_line import QUICK, run
-from helpers.models import pair
+from helpers.command_line import QUICK, error_lines, run
+from helpers.models import pair, save_openai
 from helpers.sound import noise, write_wav
 
 import dawhisper.transcribe_files
@@ -27,13 +25,7 @@ from dawhisper.writers import WRITERS
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     ours, _ = pair()
-    path = tmp_path_factory.mktemp("model") / "random.pt"
-    torch.save({"dims": asdict(ours.dims), "model_state_dict": ours.state_dict()}, path)
-    return str(path)
-
-
-def errors(err: str) -> list[str]:
-    return [line for line in err.splitlines() if line.startswith("dawhisper: error:")]
+    return str(save_openai(ours, tmp_path_factory.mktemp("model") / "random.pt"))
 
 
 def segment(text: str, **other: object) -> Segment:
@@ -61,7 +53,7 @@ def test_an_unforeseen_error_in_a_decoder_is_one_line(
     assert run("transcribe", *clips, "--model", model, "-o", tmp_path / "o", "-f", "txt", *batch, *QUICK) == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    (line,) = errors(err)
+    (line,) = error_lines(err)
     assert "bad.wav: unexpected KeyError" in line and "DAWHISPER_TRACEBACK=1" in line
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["first.txt", "last.txt"]
 
@@ -85,7 +77,7 @@ def test_an_unforeseen_error_in_a_batch_is_of_one_recording(
     monkeypatch.setattr("dawhisper.batched.hear_batch", broken)
     out = tmp_path / "o"
     assert run("transcribe", *clips, "--model", model, "-o", out, "-f", "txt", "--batch_size", 3, *QUICK) == 1
-    (line,) = errors(capsys.readouterr().err)
+    (line,) = error_lines(capsys.readouterr().err)
     assert "1.wav: unexpected RuntimeError: out of memory" in line
     assert sorted(p.name for p in out.iterdir()) == ["0.txt", "2.txt"]
 
@@ -101,7 +93,7 @@ def test_an_unforeseen_error_in_a_writer_is_one_line(
     monkeypatch.setattr("dawhisper.transcribe_files.write_outputs", broken)
     clips = [write_wav(tmp_path / f"{name}.wav", noise(2)) for name in ("first", "last")]
     assert run("transcribe", *clips, "--model", model, "-o", tmp_path / "o", "-f", "srt", *QUICK) == 1
-    (line,) = errors(capsys.readouterr().err)
+    (line,) = error_lines(capsys.readouterr().err)
     assert "the output of" in line and "first.wav" in line
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["last.srt"]
 
@@ -139,7 +131,7 @@ def test_a_tree_of_files_and_a_summary(model: str, tmp_path: Path, capsys: pytes
     assert run(*call, *QUICK, "--skip-existing") == 0
     assert "1 of 2 files done, 1 skipped" in capsys.readouterr().err
     assert run(*call[:-1], tmp_path / "none" / "x.jsonl", *QUICK) == 1
-    assert "choose another with --summary" in errors(capsys.readouterr().err)[0]
+    assert "choose another with --summary" in error_lines(capsys.readouterr().err)[0]
     assert run(*call[:-4], *QUICK, "--skip-existing", "--model", tmp_path / "none", "-f", "txt") == 0  # nothing to load
 
 
@@ -164,7 +156,7 @@ def test_a_process_for_each_device(model: str, tmp_path: Path, capsys: pytest.Ca
     given = ["--model", model, "-f", "txt", "--batch_size", 2, *QUICK[:-2]]
     assert run("transcribe", *files, "none.wav", *given, "-o", tmp_path / "two", "--device", "cpu,cpu") == 1
     captured = capsys.readouterr()
-    assert errors(captured.err) == ["dawhisper: error: none.wav: no such file; check the name and the folder"]
+    assert error_lines(captured.err) == ["dawhisper: error: none.wav: no such file; check the name and the folder"]
     assert f"{files[3]}: 4.0 s, 3" in captured.out.splitlines()
     assert run("transcribe", *files, *given, "-o", tmp_path / "one", "--device", "cpu") == 0
     assert [p.name for p in sorted((tmp_path / "two").iterdir())] == [f"{i}.txt" for i in range(4)]
@@ -273,4 +265,4 @@ def test_impossible_numbers_are_one_line(
     assert run("transcribe", clip, "--model", model, "-o", tmp_path / "o", "-f", "txt", *args) == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err and "unexpected" not in err
-    assert len(errors(err)) == 1
+    assert len(error_lines(err)) == 1

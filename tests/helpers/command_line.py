@@ -9,6 +9,11 @@ SURE = ["--logprob_threshold", "None", "--no_speech_threshold", "None", "--compr
 QUICK = [*SURE, "--beam_size", "None", "--language", "en", "--device", "cpu"]
 
 
+def error_lines(err: str) -> list[str]:
+    """Those of standard error's lines that tell of an error."""
+    return [line for line in err.splitlines() if line.startswith("dawhisper: error:")]
+
+
 def run(*args: object) -> int:
     try:
         return main([str(a) for a in args])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import whisper
@@ -45,6 +46,12 @@ def talkative(model: Whisper, eot_bias: float = 0.0) -> Whisper:
         for block in model.decoder.blocks:
             block.cross_attn.out.weight.mul_(10)
     return model
+
+
+def save_openai(model: Whisper, path: Path) -> Path:
+    """The model as a checkpoint in OpenAI's format; returns its path."""
+    torch.save({"dims": asdict(model.dims), "model_state_dict": model.state_dict()}, path)
+    return path
 
 
 def pair(dims: ModelDimensions = MULTILINGUAL, eot_bias: float = 0.0) -> tuple[Whisper, whisper.Whisper]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_line import run
-from helpers.models import DUALS, MULTILINGUAL, VARIANTS, pair
+from helpers.models import DUALS, MULTILINGUAL, VARIANTS, pair, save_openai
 from helpers.sound import noise, write_wav
 
 import dawhisper
@@ -121,9 +121,7 @@ def test_bytes_of_a_step() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     ours, _ = pair(replace(MULTILINGUAL, n_text_ctx=128))  # it never ends before its context is full
-    path = tmp_path_factory.mktemp("model") / "random.pt"
-    torch.save({"dims": asdict(ours.dims), "model_state_dict": ours.state_dict()}, path)
-    return str(path)
+    return str(save_openai(ours, tmp_path_factory.mktemp("model") / "random.pt"))
 
 
 def test_peak_memory_is_that_of_its_own_process(model: str) -> None:
