@@ -18,21 +18,20 @@ FROM_A_CONSTANT = ("gate", "mixture", "noise_scale")
 
 
 def parameter_groups(student: nn.Module, options: OptimOptions) -> list[dict[str, Any]]:
-    """AdamW's groups "old", "new" and "gate", each with and without weight decay; without frozen weights.
+    """AdamW's groups "old", "encoder", "new" and "gate", each with and without weight decay; without frozen weights.
 
-    Old are Whisper's own weights; new is what it does not have: the second branch, noise embeddings, training heads.
+    Old are Whisper's own weights, its encoder apart where it has a rate of its own; new is what it does not have: the
+    second branch, noise embeddings, training heads.
     The gate, the layer mixture and the noise scales start at a constant and not at a copy: they have far to go and get
     a rate of their own.
     Biases, norms, scales and every kind of embedding are not decayed: pulling them to zero regularises nothing.
     """
-    rates = {"old": options.lr, "new": options.lr_new, "gate": options.lr_gate}
+    rates = {"old": options.lr, "encoder": options.lr_encoder, "new": options.lr_new, "gate": options.lr_gate}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = "new" if is_second_branch(name) or name.startswith("noise_head") else "old"
-        if any(part in FROM_A_CONSTANT for part in name.split(".")):
-            kind = "gate"
+        kind = _kind(name, options)
         decays = parameter.ndim >= 2 and "embed" not in name
         key = kind if decays else f"{kind}_no_decay"
         group = groups.setdefault(
@@ -46,6 +45,14 @@ def parameter_groups(student: nn.Module, options: OptimOptions) -> list[dict[str
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _kind(name: str, options: OptimOptions) -> str:
+    if any(part in FROM_A_CONSTANT for part in name.split(".")):
+        return "gate"
+    if is_second_branch(name) or name.startswith("noise_head"):
+        return "new"
+    return "encoder" if options.lr_encoder is not None and name.startswith("model.encoder.") else "old"
 
 
 def make_optimizer(student: nn.Module, options: OptimOptions) -> torch.optim.AdamW:

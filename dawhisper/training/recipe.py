@@ -95,12 +95,14 @@ class DataOptions:
 class OptimOptions:
     """AdamW with warm-up and cosine decay to `final` of the peak rate.
 
-    lr: peak rate of Whisper's own weights; lr_new: of the second branch and its noise embeddings; lr_gate: of the
-    gate, the layer mixture and the noise scales, which start at a constant.
+    lr: peak rate of Whisper's own weights; lr_encoder: of those of its encoder, the same unless it is given; lr_new: of
+    the second branch and its noise embeddings; lr_gate: of the gate, the layer mixture and the noise scales, which
+    start at a constant.
     clip: largest gradient norm, 0 = off; ema: decay of the averaged weights that are evaluated and saved, 0 = off.
     """
 
     lr: float = 2e-5
+    lr_encoder: float | None = None
     lr_new: float = 1e-4
     lr_gate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)

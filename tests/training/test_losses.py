@@ -268,6 +268,18 @@ def test_parameter_groups() -> None:
     assert left == {"new", "new_no_decay", "gate", "gate_no_decay"}
 
 
+def test_the_encoder_may_have_a_rate_of_its_own() -> None:
+    model = tiny()
+    model.add_second_branch(DualOptions(memory_layers=1))
+    student = Student(model, EVERYTHING)
+    groups = {g["name"]: g for g in parameter_groups(student, OptimOptions(lr=1.0, lr_encoder=4.0, lr_new=2.0))}
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    apart = {names[id(p)] for key in ("encoder", "encoder_no_decay") for p in groups[key]["params"]}
+    second = ("model.encoder.secondary", "model.encoder.mixture")
+    assert apart == {n for n in names.values() if n.startswith("model.encoder.") and not n.startswith(second)}
+    assert groups["encoder"]["peak_lr"] == 4.0 and groups["old"]["peak_lr"] == 1.0
+
+
 def test_the_rate_warms_up_and_falls() -> None:
     factors = [rate_factor(step, 100, 10, 0.1) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
