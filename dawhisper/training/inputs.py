@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dawhisper.decoding import Rules
+
 from . import losses
 
 COUNTS = ("speech", "silence", "target", "frame", "noisy")  # what the losses are divided by, see `count`
@@ -34,6 +36,8 @@ class Hypotheses(NamedTuple):
     labels: Tensor  # [B * N, n] what was said next, losses.IGNORE where there is no loss
     advantage: Tensor  # [B * N] word errors above the mean of the window's other samples
     errors: Tensor  # [] mean word errors of a sample, for the log
+    rules: Rules  # by which they were drawn
+    begin: int  # how many of the tokens were given
 
 
 def count(inputs: Inputs) -> Tensor:

@@ -55,7 +55,7 @@ class ObjectiveOptions:
     risk: float = 0.0
     risk_samples: Annotated[int, Field(ge=2)] = 4
     risk_temperature: Scale = 0.6
-    risk_timestamps: Share = 0.5
+    risk_timestamps: Share = 0.0
     noise_attention: float = 0.0
     noise_layers: Several[int] | None = None
     noise_mel: float = 0.0
@@ -186,8 +186,8 @@ class Student(nn.Module):
             parts["noise_mel"] = losses.noise_mel(predicted, inputs.noise_mel, inputs.frames, n_frame)
 
         if heard.said is not None and hypotheses is not None:
-            drawn = (hypotheses.labels, hypotheses.advantage, o.risk_temperature)
-            parts["risk"] = losses.risk(heard.said, *drawn, count=o.risk_samples * n_speech)
+            drawn = (as_drawn(heard.said, hypotheses), hypotheses.labels, hypotheses.advantage, o.risk_temperature)
+            parts["risk"] = losses.risk(*drawn, count=o.risk_samples * n_speech)
 
         total = torch.stack([getattr(o, name) * value for name, value in parts.items()]).sum()
         report = {name: value.detach() for name, value in parts.items()}
@@ -196,6 +196,21 @@ class Student(nn.Module):
         if gate is not None:
             report |= mean_gate(gate.detach(), snr_db, target)
         return total, report
+
+
+@torch.no_grad()
+def as_drawn(logits: Tensor, hypotheses: Hypotheses) -> Tensor:
+    """The logits [R, n, V] of hypotheses with what the rules forbade at -inf, in place.
+
+    What the rules force is no choice. A forced time stamp that is blamed for errors would become unlikelier with every
+    step and be drawn all the same, without end.
+    """
+    tokens, begin = hypotheses.tokens, hypotheses.begin
+    said = hypotheses.labels.clamp(min=0)[..., None]
+    kept = logits.gather(-1, said)  # rounding may move a rule's threshold: what was drawn was allowed
+    for place in range(begin - 1, tokens.shape[1]):
+        hypotheses.rules.apply(logits[:, place], tokens[:, begin : place + 1])
+    return logits.scatter_(-1, said, kept)
 
 
 def mean_gate(gate: Tensor, snr_db: Tensor, target: Tensor) -> dict[str, Tensor]:

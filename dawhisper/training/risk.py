@@ -15,7 +15,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from dawhisper.decoding import DecodingOptions, model_tokenizer, sample_windows
+from dawhisper.decoding import DecodingOptions, Rules, model_tokenizer, sample_windows
 from dawhisper.model import Whisper
 
 from .losses import IGNORE
@@ -58,18 +58,18 @@ class Sampler:
                 most = 2 * len(texts[window]) + 4  # a loop is wrong whatever its length
                 errors[window, k] = min(most, Levenshtein.distance(texts[window], heard)) if spoken[window] else 0
         advantage = (errors - errors.mean(1, keepdim=True)) * (errors.shape[1] / (errors.shape[1] - 1))
-        return self.as_targets(rows.to(inputs.mel.device), first.shape[1], advantage, errors, spoken)
+        tokens, labels = self.next_tokens(rows.flatten(0, 1).to(inputs.mel.device), first.shape[1])
+        mean = errors[torch.tensor(spoken)].mean() if any(spoken) else torch.zeros(())
+        costs = (advantage.flatten().to(tokens.device), mean.to(tokens.device))
+        return Hypotheses(tokens, labels, *costs, Rules(self.copy, tokenizer, drawn), first.shape[1])
 
-    def as_targets(self, rows: Tensor, begin: int, advantage: Tensor, errors: Tensor, spoken: list[bool]) -> Hypotheses:
-        """rows [B, N, n], of which `begin` tokens were given."""
-        flat = rows.flatten(0, 1)
-        width = int((flat != self.tokenizer.eot).sum(1).max()) + 1
-        flat = flat[:, : min(-(-width // 8) * 8, flat.shape[1])]
-        ended = flat[:, :-1] == self.tokenizer.eot  # the first <|endoftext|> is said, those after it are not
-        place = torch.arange(1, flat.shape[1], device=flat.device)
-        labels = flat[:, 1:].masked_fill(ended | (place < begin), IGNORE)
-        mean = float(errors[torch.tensor(spoken)].mean()) if any(spoken) else 0.0
-        return Hypotheses(flat[:, :-1], labels, advantage.flatten().to(flat.device), torch.tensor(mean).to(flat.device))
+    def next_tokens(self, rows: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """rows [R, n], of which `begin` tokens were given -> decoder input and labels [R, m], m to the longest's end."""
+        width = int((rows != self.tokenizer.eot).sum(1).max()) + 1
+        rows = rows[:, : min(-(-width // 8) * 8, rows.shape[1])]
+        ended = rows[:, :-1] == self.tokenizer.eot  # the first <|endoftext|> is said, those after it are not
+        place = torch.arange(1, rows.shape[1], device=rows.device)
+        return rows[:, :-1], rows[:, 1:].masked_fill(ended | (place < begin), IGNORE)
 
     def first_tokens(self, tokens: Tensor, stamped: bool) -> Tensor:
         """Each window's <|startoftranscript|>, language and task, and <|notimestamps|> if so: [B, n] -> [B, k]"""

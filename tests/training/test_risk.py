@@ -15,7 +15,7 @@ from dawhisper.decoding import DecodingOptions, model_tokenizer, sample_windows
 from dawhisper.model import DualOptions, Whisper
 from dawhisper.training import losses
 from dawhisper.training.inputs import Inputs
-from dawhisper.training.objective import ObjectiveOptions, Student
+from dawhisper.training.objective import ObjectiveOptions, Student, as_drawn
 from dawhisper.training.risk import Sampler
 
 OPTIONS = ObjectiveOptions(
@@ -91,6 +91,29 @@ def test_hypotheses_are_what_was_said_and_weighed_against_each_other(model: Whis
         assert labels[: begin - 1] == [losses.IGNORE] * (begin - 1)
         assert heard == (tokens[1:] + labels[-1:])[begin - 1 : begin - 1 + len(heard)]
         assert eot not in heard[:-1]  # the end is said once
+
+
+def test_what_the_rules_force_is_not_learned_as_a_choice(model: Whisper) -> None:
+    torch.manual_seed(5)
+    inputs = batch(model, ["one two three", "four"], [math.inf, 5.0])
+    sampler = Sampler(model, dataclasses.replace(OPTIONS, risk_timestamps=1.0), torch.float32)
+    said = sampler(model, inputs)._replace(advantage=torch.ones(6))  # blamed, whatever was said
+    tokenizer, begin = sampler.tokenizer, said.begin
+    features = model.encode(inputs.mel)
+    logits = model.decoder(said.tokens, features, dtype=None).detach().requires_grad_()
+    losses.risk(as_drawn(logits * 1, said), said.labels, said.advantage, 0.7).backward()
+    assert logits.grad is not None
+    text, times = logits.grad[..., : tokenizer.timestamp_begin], logits.grad[..., tokenizer.timestamp_begin :]
+    assert not text[:, begin - 1].any() and times[:, begin - 1].any()  # it starts with a time stamp, but which?
+    assert not times[:, begin - 1, 51:].any()  # not one after the first second
+    # a second stamp or the end must follow a lone one, and text a pair: the other kind is never blamed or praised
+    stamps = said.tokens[:, begin:] >= tokenizer.timestamp_begin
+    lone = stamps & ~F.pad(stamps, (1, 0), value=True)[:, :-1]
+    assert lone.any() and not text[:, begin:, : tokenizer.eot][lone].any()
+    pairs = stamps & F.pad(stamps, (1, 0), value=True)[:, :-1]
+    assert not times[:, begin:][pairs].any()
+    probability = as_drawn(logits.detach().clone(), said).softmax(-1).gather(-1, said.labels.clamp(min=0)[..., None])
+    assert (probability[said.labels != losses.IGNORE] > 0).all()
 
 
 def test_punctuation_and_case_cost_nothing(model: Whisper) -> None:
