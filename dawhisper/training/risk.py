@@ -64,7 +64,7 @@ class Sampler:
         return Hypotheses(tokens, labels, *costs, Rules(self.copy, tokenizer, drawn), first.shape[1])
 
     def next_tokens(self, rows: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-        """rows [R, n], of which `begin` tokens were given -> decoder input and labels [R, m], m to the longest's end."""
+        """rows [R, n], of which `begin` tokens were given -> decoder input and labels [R, m], to the longest's end."""
         width = int((rows != self.tokenizer.eot).sum(1).max()) + 1
         rows = rows[:, : min(-(-width // 8) * 8, rows.shape[1])]
         ended = rows[:, :-1] == self.tokenizer.eot  # the first <|endoftext|> is said, those after it are not
