@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import csv
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import DataError, OptionError
 
@@ -82,6 +83,18 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
     """The lines of a text file that are not empty."""
     with reading_text(path, encoding) as file:
         yield from (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip())
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file, if it is there; one that a killed run left half written is skipped."""
+    if path.is_file():
+        for line in path.read_text("utf-8", errors="replace").split(
+            "\n"
+        ):  # a text may hold what splitlines() splits at
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
 
 def table_rows(

@@ -128,13 +128,13 @@ def buried(worker: Worker) -> tuple[list[Outcome], list[Input]]:
 def start(work: Work, device: str, readers: int) -> Worker:
     context = get_context("spawn")  # a forked process can't use a GPU
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(work, device, readers, there), daemon=True)
+    process = context.Process(target=work_through, args=(work, device, readers, there), daemon=True)
     process.start()
     there.close()  # so that its end shows here
     return Worker(device, process, here)
 
 
-def serve(work: Work, device: str, readers: int, pipe: Connection) -> None:
+def work_through(work: Work, device: str, readers: int, pipe: Connection) -> None:
     """Ask for recordings and answer what became of them, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
     forgive_letters()

@@ -119,10 +119,10 @@ def missing(paths: Iterable[str], out: str | os.PathLike[str]) -> list[str]:
             table = parquet.read_table(file, columns=["path", "error"])
         except (pyarrow.ArrowException, OSError):
             continue
-        done |= {bare(row["path"]) for row in table.to_pylist() if not row["error"]}
-    return [path for path in paths if bare(path) not in done]
+        done |= {without_scheme(row["path"]) for row in table.to_pylist() if not row["error"]}
+    return [path for path in paths if without_scheme(path) not in done]
 
 
-def bare(path: str) -> str:
+def without_scheme(path: str) -> str:
     """A path without "s3://" and the like, as Ray's readers give it."""
     return path.partition("://")[2] or path

@@ -25,10 +25,7 @@ from tqdm import tqdm
 
 from dawhisper.audio import SAMPLE_RATE, from_int16
 from dawhisper.errors import DataError, OptionError
-from dawhisper.files import (
-    replacing,
-    write_lines,
-)
+from dawhisper.files import json_lines, replacing, write_lines
 from dawhisper.options import option
 
 from .manifest import (
@@ -197,7 +194,7 @@ def _candidates(items: list[CorpusItem], options: PrepareOptions, report: Report
 def _checked(items: list[CorpusItem], options: PrepareOptions, report: Report) -> list[CorpusItem]:
     """Decode everything that was not decoded before; keep what is sound and of a fit length."""
     path = Path(options.out) / CHECKED
-    known = {line["key"]: line for line in _read_lines(path)}
+    known = {line["key"]: line for line in json_lines(path)}
     keys = [_key(item.utterance) for item in items]
     todo = [(key, item.utterance) for key, item in zip(keys, items) if key not in known]
     with (
@@ -254,7 +251,7 @@ def _check(u: Utterance) -> tuple[float, str]:
 def _labelled(items: list[CorpusItem], options: PrepareOptions) -> list[CorpusItem]:
     """Add teacher_text: what a Whisper hears in the clean clips, greedily, many at a time."""
     path = Path(options.out) / LABELLED
-    known = {line["key"]: line for line in _read_lines(path) if line["model"] == options.label_with}
+    known = {line["key"]: line for line in json_lines(path) if line["model"] == options.label_with}
     keys = [_key(item.utterance) for item in items]
     todo = [(key, item.utterance) for key, item in zip(keys, items) if key not in known]
     if todo:
@@ -455,16 +452,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file that a killed run may have left with half a line at the end."""
-    if path.is_file():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dawhisper.data.manifest import Utterance
+from dawhisper.data.manifest import Report, Utterance
+from dawhisper.data.releases import SOURCE_FORMATS, Source
 from dawhisper.errors import DataError, near_names, one_line
 
 AMI_TEST = ("ES2004", "IS1009", "TS3003", "EN2002")  # meetings a to d of each
@@ -57,13 +58,10 @@ def known_protocol(name: str) -> Protocol:
 
 
 def librispeech(folder: Path) -> Iterator[Utterance]:
-    subsets = [sub for sub in ("test-clean", "test-other") if any(folder.rglob(sub))] or [""]
-    for subset in subsets:
-        for transcript in sorted(folder.rglob(f"{subset}/*/*/*.trans.txt" if subset else "*.trans.txt")):
-            for line in transcript.read_text("utf-8").splitlines():
-                name, _, text = line.partition(" ")
-                audio = transcript.parent / f"{name}.flac"
-                yield Utterance(str(audio), text, language="en", speaker=name.split("-")[0], source=subset or None)
+    source = Source(str(folder), "librispeech", "speech", "en", encoding=None, out=folder)
+    utterances = [item.utterance for item in SOURCE_FORMATS["librispeech"](source, Report())]
+    tests = [u for u in utterances if (u.source or "").startswith("test-")]
+    yield from tests or utterances
 
 
 def voicebank_demand(folder: Path) -> Iterator[Utterance]:

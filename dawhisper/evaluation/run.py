@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from dawhisper.checkpoint import OWN_MODEL
 from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
+from dawhisper.files import json_lines
 from dawhisper.front_end import FRONT_END_MIX, known_front_end
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
@@ -233,7 +233,7 @@ def summarize_all(
 
 
 @dataclass(frozen=True)
-class Work:
+class Batch:
     """A batch: utterances of one language under one condition, all within a window or one that is longer."""
 
     condition: Condition
@@ -243,12 +243,12 @@ class Work:
 
 def plan_batches(
     items: Sequence[EvaluationItem], wanted: Sequence[Condition], detect: bool, batch_size: int
-) -> list[Work]:
+) -> list[Batch]:
     """The batches of a model, of utterances of like length. They depend on nothing that is done already.
 
     detect: the model is not told the language.
     """
-    work = []
+    planned = []
     groups: dict[tuple[str | None, bool], list[EvaluationItem]] = {}
     for item in sorted(items, key=lambda item: (-item.seconds, item.id)):
         long = item.seconds > N_SAMPLES / SAMPLE_RATE
@@ -256,8 +256,8 @@ def plan_batches(
     for condition in wanted:
         for (code, long), group in groups.items():
             size = 1 if long else batch_size
-            work += [Work(condition, group[i : i + size], code) for i in range(0, len(group), size)]
-    return work
+            planned += [Batch(condition, group[i : i + size], code) for i in range(0, len(group), size)]
+    return planned
 
 
 def _language(item: EvaluationItem, detect: bool) -> str | None:
@@ -281,61 +281,61 @@ def _evaluate(
     done = {h.key: replace(h, model=spec.label) for h in read_hypotheses(Path(options.out))}
     batches = plan_batches(items, wanted, options.language == "auto", options.batch_size)
     mine = batches[world.rank :: world.size]
-    missing = [work for work in (_missing(work, keys, done) for work in mine) if work.items]
+    missing = [batch for batch in (_missing(batch, keys, done) for batch in mine) if batch.items]
     if missing:
         recognize = recognizers.load_recognizer(spec, decoding, world.device, options.seed)
         recognize([np.zeros(SAMPLE_RATE, np.float32)], "en")  # so that the first batch is not timed with its start-up
-        total = sum(len(work.items) for work in missing)
+        total = sum(len(batch.items) for batch in missing)
         with (
             Appender(Path(options.out), world) as file,
             tqdm(total=total, desc=spec.label, unit="utt", disable=not world.main, dynamic_ncols=True) as bar,
         ):
-            for work, mixtures in _prefetched(missing, mixer):
-                rows = _decode(recognize, spec, work, mixtures, keys, options.gates)
+            for batch, mixtures in _prefetched(missing, mixer):
+                rows = _decode(recognize, spec, batch, mixtures, keys, options.gates)
                 file.append(rows)
                 done |= {h.key: h for h in rows}
                 bar.update(len(rows))
         del recognize
-    shares = world.gather([done[key] for work in mine for key in keys.of(work)])  # the ranks may share no disk
+    shares = world.gather([done[key] for batch in mine for key in keys.of(batch)])  # the ranks may share no disk
     done = {h.key: h for share in shares for h in share}
-    return [done[key] for work in batches for key in keys.of(work)] if world.main else []
+    return [done[key] for batch in batches for key in keys.of(batch)] if world.main else []
 
 
-def _missing(work: Work, keys: Keys, done: dict[str, Hypothesis]) -> Work:
-    return replace(work, items=[item for item, key in zip(work.items, keys.of(work)) if key not in done])
+def _missing(batch: Batch, keys: Keys, done: dict[str, Hypothesis]) -> Batch:
+    return replace(batch, items=[item for item, key in zip(batch.items, keys.of(batch)) if key not in done])
 
 
-def _prefetched(works: Sequence[Work], mixer: Mixer) -> Iterator[tuple[Work, list[Mixture]]]:
+def _prefetched(batches: Sequence[Batch], mixer: Mixer) -> Iterator[tuple[Batch, list[Mixture]]]:
     """The mixtures of a batch are made while the one before it is decoded."""
 
     with ThreadPoolExecutor(4) as pool:
 
-        def start(work: Work) -> list[Future[Mixture]]:
-            return [pool.submit(mixer, item, work.condition) for item in work.items]
+        def start(batch: Batch) -> list[Future[Mixture]]:
+            return [pool.submit(mixer, item, batch.condition) for item in batch.items]
 
-        coming = start(works[0])
-        for i, work in enumerate(works):
+        coming = start(batches[0])
+        for i, batch in enumerate(batches):
             mixtures = [future.result() for future in coming]
-            if i + 1 < len(works):
-                coming = start(works[i + 1])
-            yield work, mixtures
+            if i + 1 < len(batches):
+                coming = start(batches[i + 1])
+            yield batch, mixtures
 
 
 def _decode(
-    recognize: Recognizer, spec: ModelSpec, work: Work, mixtures: Sequence[Mixture], keys: Keys, gates: bool
+    recognize: Recognizer, spec: ModelSpec, batch: Batch, mixtures: Sequence[Mixture], keys: Keys, gates: bool
 ) -> list[Hypothesis]:
     audio = [m.audio[0].numpy() for m in mixtures]
     start = time.perf_counter()
-    texts = recognize(audio, work.language)
+    texts = recognize(audio, batch.language)
     latency = time.perf_counter() - start
     readings: Sequence[GateReading | None] = [None] * len(texts)
     if gates and isinstance(recognize, Ours) and recognize.model.dual and max(map(len, audio)) <= N_SAMPLES:
-        readings = read_gates(recognize.model, mel_batch(recognize.model, audio), texts, mixtures, work.language)
+        readings = read_gates(recognize.model, mel_batch(recognize.model, audio), texts, mixtures, batch.language)
     return [
         Hypothesis(
             key=key,
             model=spec.label,
-            condition=work.condition.name,
+            condition=batch.condition.name,
             utterance=item.id,
             text=text,
             seconds=len(x) / SAMPLE_RATE,
@@ -343,7 +343,7 @@ def _decode(
             cost=latency / len(texts),
             gates=reading,
         )
-        for item, key, text, x, reading in zip(work.items, keys.of(work), texts, audio, readings)
+        for item, key, text, x, reading in zip(batch.items, keys.of(batch), texts, audio, readings)
     ]
 
 
@@ -359,8 +359,8 @@ class Keys:
         self.detect = options.language == "auto"
         self.sources = {kind: mixer.signature(kind) for kind in options.kinds}
 
-    def of(self, work: Work) -> list[str]:
-        return [self._one(item, work.condition) for item in work.items]
+    def of(self, batch: Batch) -> list[str]:
+        return [self._one(item, batch.condition) for item in batch.items]
 
     def _one(self, item: EvaluationItem, condition: Condition) -> str:
         size = Path(item.utterance.audio).stat().st_size  # another recording under the same name
@@ -373,15 +373,14 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def read_hypotheses(folder: Path) -> list[Hypothesis]:
-    """All that earlier runs left in the folder; a line that was cut off is skipped."""
+    """All that earlier runs left in the folder."""
     found = []
     for path in sorted(folder.glob("hypotheses*.jsonl")):
-        for line in path.read_text("utf-8").splitlines():
+        for row in json_lines(path):
             try:
-                row: dict[str, Any] = json.loads(line)
                 gates = row.pop("gates")
                 found.append(Hypothesis(**row, gates=GateReading(**gates) if gates else None))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (TypeError, KeyError, AttributeError):  # of another version
                 continue
     return found
 

@@ -88,18 +88,18 @@ async def read(request: Request, service: Service, task: str) -> Asked:
                 values.setdefault(INDEX.sub("", name), []).append(value)
             elif name != "file":
                 raise ApiError(400, f"{name[:40]!r} is not a file", name[:40])
-        asked = check(values, service, task)
+        asked = checked_form(values, service, task)
         data = io.BytesIO(await upload.read())
         data.name = Path(upload.filename or "file").name[:80]  # for messages only
     if not data.getbuffer().nbytes:
         raise ApiError(400, "the file is empty", "file", "invalid_audio")
     async with service.decoding:
-        samples = await asyncio.to_thread(decode_audio, data, service.options.max_audio)
+        samples = await asyncio.to_thread(decode_upload, data, service.options.max_audio)
     service.metrics.audio.labels(asked.model).inc(len(samples) / SAMPLE_RATE)
     return replace(asked, samples=samples)
 
 
-def decode_audio(data: io.BytesIO, longest: float) -> np.ndarray:
+def decode_upload(data: io.BytesIO, longest: float) -> np.ndarray:
     """Samples of up to `longest` seconds."""
     samples = load_audio(data, end=longest + 1)
     if len(samples) > longest * SAMPLE_RATE:
@@ -107,7 +107,7 @@ def decode_audio(data: io.BytesIO, longest: float) -> np.ndarray:
     return samples
 
 
-def check(values: Mapping[str, list[str]], service: Service, task: str) -> Asked:
+def checked_form(values: Mapping[str, list[str]], service: Service, task: str) -> Asked:
     """A request without its recording, from the form's text fields."""
 
     def one(name: str, default: str = "") -> str:

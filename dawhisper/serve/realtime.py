@@ -69,7 +69,7 @@ class Format(Part):
         return (self.rate or 24000) if self.type == "audio/pcm" else 8000
 
 
-class Asked(Part):
+class Transcription(Part):
     """What is to be recognised; model None is the first one."""
 
     model: str | None = None
@@ -88,28 +88,28 @@ class TurnDetection(Part):
     interrupt_response: bool | None = None
 
 
-class Input(Part):
+class AudioInput(Part):
     format: Format = Format(type="audio/pcm", rate=24000)
     noise_reduction: None = None
-    transcription: Asked = Asked()
+    transcription: Transcription = Transcription()
     turn_detection: TurnDetection | None = TurnDetection()
 
 
 class Audio(Part):
-    input: Input = Input()
+    input: AudioInput = AudioInput()
 
 
-class Settings(Part):
+class SessionSettings(Part):
     """OpenAI's session object, as far as it is offered."""
 
     type: Literal["transcription"] = "transcription"
     audio: Audio = Audio()
     include: list[Literal["item.input_audio_transcription.logprobs"]] | None = None
 
-    def updated(self, given: dict[str, Any]) -> Settings:
+    def updated(self, given: dict[str, Any]) -> SessionSettings:
         """With the fields that are given; ApiError where one is wrong or not offered."""
         try:
-            return Settings.model_validate(merged(self.model_dump(), given))
+            return SessionSettings.model_validate(deep_merged(self.model_dump(), given))
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(("session", *map(str, first["loc"])))
@@ -117,12 +117,12 @@ class Settings(Part):
             raise ApiError(400, f"{name} is not offered so: {first['msg']}", name, code) from None
 
 
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def deep_merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The old settings with the new ones in their place; a format is given as a whole."""
     both = old | new
     for name in old.keys() & new.keys() - {"format"}:
         if isinstance(old[name], dict) and isinstance(new[name], dict):
-            both[name] = merged(old[name], new[name])
+            both[name] = deep_merged(old[name], new[name])
     return both
 
 
@@ -138,7 +138,7 @@ def from_beta(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"audio": {"input": inputs}}
 
 
-def as_beta(settings: Settings) -> dict[str, Any]:
+def as_beta(settings: SessionSettings) -> dict[str, Any]:
     inputs = settings.model_dump()["audio"]["input"]
     names = {kind["type"]: name for name, kind in BETA_FORMATS.items()}
     return {old: inputs[new] for old, new in BETA.items()} | {"input_audio_format": names[inputs["format"]["type"]]}
@@ -214,7 +214,7 @@ class Realtime(Session):
         beta = "openai-beta.realtime-v1" in self.protocols
         self.is_beta = beta or "realtime=v1" in socket.headers.get("openai-beta", "")
         self.id = new_id("sess")
-        self.settings = Settings()
+        self.settings = SessionSettings()
         self.decoder = Decoder(self.settings.audio.input.format)
         self.appended = self.committed = 0.0  # seconds of the session's audio that have come, and up to the last commit
         self.origin = 0.0  # seconds of the session before the stream
@@ -310,7 +310,7 @@ class Realtime(Session):
         self.settings = settings
         self.inbox.put(settings)
 
-    def stream_options(self, settings: Settings) -> tuple[str, StreamOptions]:
+    def stream_options(self, settings: SessionSettings) -> tuple[str, StreamOptions]:
         """The model's name, and how it is to listen; ApiError where there is no such model or language."""
         asked, turns = settings.audio.input.transcription, settings.audio.input.turn_detection
         name = self.service.model_named(asked.model or "whisper-1")
@@ -361,7 +361,7 @@ class Realtime(Session):
             if command is self.CLEAR:
                 self.begin_anew()
                 await self.send("input_audio_buffer.cleared")
-            elif isinstance(command, Settings):
+            elif isinstance(command, SessionSettings):
                 settings = command
         if self.item.text:  # the server ends
             await self.complete(self.item)

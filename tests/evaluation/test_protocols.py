@@ -79,10 +79,10 @@ def ami(root: Path) -> Path:
 MADE = {"librispeech-musan": librispeech, "voicebank-demand": voicebank, "chime4": chime4, "ami-sdm": ami}
 FOUND = {
     "librispeech-musan": [
-        ("61-1-0000.flac", "ONE TWO", "61", "test-clean"),
-        ("61-1-0001.flac", "THREE", "61", "test-clean"),
-        ("367-1-0000.flac", "ONE TWO", "367", "test-other"),
-        ("367-1-0001.flac", "THREE", "367", "test-other"),
+        ("61-1-0000.flac", "ONE TWO", "libri-61", "test-clean"),
+        ("61-1-0001.flac", "THREE", "libri-61", "test-clean"),
+        ("367-1-0000.flac", "ONE TWO", "libri-367", "test-other"),
+        ("367-1-0001.flac", "THREE", "libri-367", "test-other"),
     ],
     "voicebank-demand": [
         ("p232_001.wav", "Please call Stella.", "p232", "clean"),

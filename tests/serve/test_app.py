@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.errors import OptionError
-from dawhisper.serve.forms import check
+from dawhisper.serve.forms import checked_form
 from dawhisper.serve.options import ServerOptions
 from dawhisper.serve.server import load_models
 from dawhisper.serve.worker import Engine, TranscriptionTask, transcribe_together
@@ -274,7 +274,7 @@ def test_the_key() -> None:
 
 
 def test_hotwords_reach_the_decoder(random_server: Running) -> None:
-    asked = check({"hotwords": ["Szeged, Nagy"]}, random_server.service, "transcribe")
+    asked = checked_form({"hotwords": ["Szeged, Nagy"]}, random_server.service, "transcribe")
     assert asked.options.decoding.hotwords == "Szeged, Nagy"
     assert post(random_server, hotwords="Szeged, Nagy").status_code == 200
 

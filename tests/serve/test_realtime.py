@@ -18,7 +18,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from dawhisper.audio import load_audio
-from dawhisper.serve.realtime import Decoder, Format, Settings
+from dawhisper.serve.realtime import Decoder, Format, SessionSettings
 
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
 # how it hears the middle varies with the pieces that come
@@ -235,7 +235,7 @@ def test_samples_keep_their_times_whatever_the_pieces(rate: int) -> None:
 
 
 def test_settings_are_updated_in_part() -> None:
-    one = Settings().updated({"audio": {"input": {"turn_detection": {"silence_duration_ms": 900}}}})
+    one = SessionSettings().updated({"audio": {"input": {"turn_detection": {"silence_duration_ms": 900}}}})
     two = one.updated({"audio": {"input": {"format": {"type": "audio/pcmu"}}}})
     assert two.audio.input.turn_detection == one.audio.input.turn_detection
     assert one.audio.input.turn_detection
