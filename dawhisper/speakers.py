@@ -19,11 +19,12 @@ NEAR = 0.5  # seconds: what lies this close to a turn belongs to it where no tur
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says in one go, in seconds."""
+    """What one speaker says in one go, in seconds; the text where it is known."""
 
     start: float
     end: float
     speaker: str
+    text: str = ""
 
 
 Diarizer = Callable[[np.ndarray], Iterable[Turn]]  # samples [n] at 16 kHz -> turns, in any order, overlapping or not
@@ -44,6 +45,23 @@ def spoken_by(segment: Segment, turns: Sequence[Turn]) -> Segment:
     words = [replace(word, speaker=most_heard([(word.start, word.end)], turns)) for word in segment.words]
     spans = [(word.start, word.end) for word in segment.words] or [(segment.start, segment.end)]
     return replace(segment, words=words, speaker=most_heard(spans, turns))
+
+
+def each_speaker(segment: Segment) -> list[Turn]:
+    """What each speaker says of a segment with speakers, in its order, as turns with their text.
+
+    Words that are nobody's are those of the speaker before.
+    """
+    if not segment.words:
+        return [Turn(segment.start, segment.end, segment.speaker or "", segment.text)]
+    made: list[Turn] = []
+    for word in segment.words:
+        last = made[-1] if made else None
+        if last is not None and word.speaker in (None, last.speaker):
+            made[-1] = replace(last, end=word.end, text=last.text + word.word)
+        else:
+            made.append(Turn(word.start, word.end, word.speaker or segment.speaker or "", word.word))
+    return made
 
 
 def most_heard(spans: Sequence[tuple[float, float]], turns: Sequence[Turn]) -> str | None:

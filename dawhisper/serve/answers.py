@@ -21,6 +21,7 @@ from whisper.tokenizer import LANGUAGES
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.decoding import model_tokenizer
 from dawhisper.model import Whisper
+from dawhisper.speakers import Turn, each_speaker, spoken_by
 from dawhisper.transcription import Segment, Transcription
 from dawhisper.writers import WRITERS
 
@@ -46,6 +47,9 @@ def formatted(service: Service, asked: Asked, result: Transcription) -> Response
     body: dict[str, Any] = {"text": result.text.strip(), "usage": usage(asked)}
     if asked.logprobs:
         body["logprobs"] = logprobs_of(service, asked, result.segments)
+    if asked.turns is not None:
+        pieces = [piece for segment in result.segments for piece in pieces_of(segment, asked.turns)]
+        body |= {"task": asked.options.decoding.task, "duration": duration, "segments": pieces}
     if asked.response_format == "verbose_json":
         body |= {
             "task": asked.options.decoding.task,
@@ -78,6 +82,21 @@ def segment_dict(segment: Segment) -> dict[str, Any]:
     made = segment.to_dict()
     made.pop("words", None)
     return {name: float(v) if isinstance(v, np.floating) else v for name, v in made.items()}
+
+
+def pieces_of(segment: Segment, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """A segment as OpenAI's of diarized_json: what each speaker says of it."""
+    return [
+        {
+            "type": "transcript.text.segment",
+            "id": f"seg_{segment.id}_{number}",
+            "start": float(piece.start),
+            "end": float(piece.end),
+            "text": piece.text,
+            "speaker": piece.speaker,
+        }
+        for number, piece in enumerate(each_speaker(spoken_by(segment, turns)))
+    ]
 
 
 def logprobs_of(service: Service, asked: Asked, segments: Sequence[Segment]) -> list[dict[str, Any]]:
@@ -167,6 +186,10 @@ async def events(
 def segment_events(service: Service, asked: Asked, segment: Segment) -> list[dict[str, Any]]:
     if not segment.text:
         return []
+    if asked.turns is not None:
+        pieces = pieces_of(segment, asked.turns)
+        delta = [{"type": "transcript.text.delta", "delta": p["text"], "segment_id": p["id"]} for p in pieces]
+        return [made for pair in zip(delta, pieces) for made in pair]
     made: list[dict[str, Any]] = [{"type": "transcript.text.delta", "delta": segment.text}]
     if asked.logprobs:
         made[0]["logprobs"] = logprobs_of(service, asked, [segment])

@@ -26,6 +26,7 @@ from whisper.tokenizer import LANGUAGES
 
 import dawhisper
 from dawhisper.errors import DawhisperError
+from dawhisper.speakers import Diarizer
 
 from .answers import STREAM_HEADERS, events, formatted, wait_for
 from .errors import ApiError, as_api_error
@@ -42,10 +43,12 @@ PAGE = Path(__file__).parent / "page"
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def create_app(engine: Engine, options: ServerOptions, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    engine: Engine, options: ServerOptions, metrics: Metrics | None = None, diarizer: Diarizer | None = None
+) -> FastAPI:
     """The application around a running engine, which it closes at its end."""
     metrics = metrics or Metrics()
-    service = Service(engine, options, metrics)
+    service = Service(engine, options, metrics, diarizer)
     engine.on_batch = metrics.begun
 
     @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ import asyncio
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 
 from dawhisper.audio import SAMPLE_RATE, load_audio
+from dawhisper.speakers import Turn
 from dawhisper.transcription import TranscribeOptions
 
 from .errors import ApiError
@@ -28,7 +29,7 @@ FIELDS = {
     "language": "code or English name of the language spoken; found out by default",
     "prompt": "text before the first word: names, spelling, style",
     "hotwords": "names and terms to listen for, with commas (not one of OpenAI's fields)",
-    "response_format": "json, text, srt, verbose_json or vtt",
+    "response_format": "json, text, srt, verbose_json, vtt, or diarized_json, which tells who speaks",
     "temperature": "0 to 1; 0 tries higher ones where the text is doubtful",
     "timestamp_granularities": "segment, word; with verbose_json or stream",
     "stream": "true: server-sent events",
@@ -38,7 +39,7 @@ FIELDS = {
 }
 OFFERED = {"include": ("logprobs", "gate"), "chunking_strategy": ("auto",)}  # of what OpenAI has there
 INDEX = re.compile(r"\[\d*\]$")  # of a list's field: NAME[] or NAME[0]
-FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+FORMATS = ("json", "text", "srt", "verbose_json", "vtt", "diarized_json")
 GRANULARITIES = ("segment", "word")
 MOST_PROMPT = 4000  # characters, of hotwords too
 DESCRIBED = {  # for /docs
@@ -62,7 +63,7 @@ DESCRIBED = {  # for /docs
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request; samples [n] at 16 kHz."""
+    """A checked request; samples [n] at 16 kHz. turns: who speaks when, None where that was not asked for."""
 
     model: str
     samples: np.ndarray
@@ -72,6 +73,7 @@ class Asked:
     stream: bool
     gates: bool
     logprobs: bool
+    turns: Sequence[Turn] | None = None
 
 
 async def read(request: Request, service: Service, task: str) -> Asked:
@@ -95,8 +97,9 @@ async def read(request: Request, service: Service, task: str) -> Asked:
         raise ApiError(400, "the file is empty", "file", "invalid_audio")
     async with service.decoding:
         samples = await asyncio.to_thread(decode_upload, data, service.options.max_audio)
+    turns = await service.turns_of(samples) if asked.response_format == "diarized_json" else None
     service.metrics.audio.labels(asked.model).inc(len(samples) / SAMPLE_RATE)
-    return replace(asked, samples=samples)
+    return replace(asked, samples=samples, turns=turns)
 
 
 def decode_upload(data: io.BytesIO, longest: float) -> np.ndarray:
@@ -132,7 +135,11 @@ def checked_form(values: Mapping[str, list[str]], service: Service, task: str) -
     stream = one("stream", "false").lower()
     if stream not in ("true", "false", "1", "0"):
         raise ApiError(400, "stream is true or false", "stream")
-    if granularities and response_format != "verbose_json" and stream in ("false", "0"):
+    diarized = response_format == "diarized_json"
+    if diarized and service.diarizer is None:
+        message = "response_format=diarized_json needs a server that was started with --diarize"
+        raise ApiError(400, message, "response_format", "unsupported_parameter")
+    if granularities and response_format != "verbose_json" and (diarized or stream in ("false", "0")):
         raise ApiError(400, "timestamp_granularities needs response_format=verbose_json", "timestamp_granularities")
     try:
         temperature = float(one("temperature") or 0)
@@ -152,7 +159,7 @@ def checked_form(values: Mapping[str, list[str]], service: Service, task: str) -
         language=checked_language(name, service.engine.models[name], one("language") or None, task),
         initial_prompt=one("prompt") or None,
         hotwords=one("hotwords") or None,
-        word_timestamps=gates or "word" in granularities,
+        word_timestamps=gates or diarized or "word" in granularities,
         logprobs=logprobs,
         **({"temperature": temperature} if temperature else {}),  # 0 is what falls back to others
     )

@@ -19,7 +19,7 @@ class ServerOptions:
     max_queue: requests that are waiting or running; more get 429. max_upload: of a request's body; max_audio: of a
     recording. upload_timeout: until a request's body has come; later ones get 408. idle_timeout: that a client may
     send or read nothing of what is awaited. timeout: of a request, from its first byte to its answer. api_key: what
-    clients must send; None for all.
+    clients must send; None for all. diarize: offer response_format=diarized_json, see dawhisper/speakers.py.
     """
 
     models: tuple[str, ...] = option(
@@ -44,6 +44,8 @@ class ServerOptions:
         (), "a web page's origin that may use the server, as https://app.example, or * for all", append=True
     )
     alias: tuple[str, ...] = option((), "NAME=MODEL: another name of a model, once a name", append=True)
+    diarize: bool = option(False, "offer diarized_json, which tells who speaks, by pyannote.audio", flag=True)
+    hf_token: str | None = option(None, "the token that pyannote's weights are given for; HF_TOKEN by default")
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "max_queue", "max_live", "max_upload", "max_audio")

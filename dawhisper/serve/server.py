@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from dawhisper.checkpoint import load_model
 from dawhisper.errors import OptionError
 from dawhisper.model import Whisper
+from dawhisper.speakers import pyannote_diarizer
 
 from .app import create_app
 from .limits import Patient
@@ -77,13 +78,15 @@ def serve(options: ServerOptions) -> None:
         torch.set_num_threads(options.threads)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed request
     models = load_models(options.models, options.device)
+    device = next(iter(models.values())).device
+    diarizer = pyannote_diarizer(options.hf_token, device) if options.diarize else None
     # each live stream has a place of its own
     engine = Engine(models, options.batch_size, options.max_queue + options.max_live)
     for model in models.values():
         with contextlib.suppress(QueueFull):  # the first request is slower then
             engine.submit(partial(warm_up, model))
     try:
-        app = create_app(engine, options)
+        app = create_app(engine, options, diarizer=diarizer)
     except OptionError:
         engine.close()
         raise

@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import hmac
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dawhisper.decoding import asked_language
-from dawhisper.errors import OptionError
+from dawhisper.errors import OptionError, one_line
 from dawhisper.model import Whisper
+from dawhisper.speakers import Diarizer, Turn
 
 from .errors import ApiError
 from .metrics import Metrics
@@ -22,14 +26,15 @@ if TYPE_CHECKING:
 
 
 class Service:
-    """The engine with its limits and its metrics."""
+    """The engine with its limits and its metrics, and what tells who speaks, if anything does."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics):
-        self.engine, self.options, self.metrics = engine, options, metrics
+    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics, diarizer: Diarizer | None = None):
+        self.engine, self.options, self.metrics, self.diarizer = engine, options, metrics, diarizer
         self.aliases = options.names(engine.models)
         self.active = 0
         self.lives: set[Session] = set()
         self.decoding = asyncio.Semaphore(2)  # recordings decoded at once: each holds its samples
+        self.diarizing = asyncio.Lock()
 
     def model_named(self, name: str) -> str:
         models = self.engine.models
@@ -38,6 +43,20 @@ class Service:
             message = f"the model {name[:80]!r} does not exist; there are {', '.join(models)}"
             raise ApiError(404, message, "model", "model_not_found")
         return name
+
+    async def turns_of(self, samples: np.ndarray) -> list[Turn]:
+        """Who speaks when, one recording after the other; the speakers are A, B, ... in the order in which they begin.
+
+        ApiError where that fails.
+        """
+        assert self.diarizer is not None  # forms.py refuses such a request
+        async with self.diarizing:
+            try:
+                turns = await asyncio.to_thread(lambda diarize: sorted(diarize(samples), key=begin_of), self.diarizer)
+            except Exception as error:  # another package's
+                raise ApiError(500, f"who speaks can't be told: {one_line(error)}") from error
+        letters = {speaker: letters_of(n) for n, speaker in enumerate(dict.fromkeys(turn.speaker for turn in turns))}
+        return [replace(turn, speaker=letters[turn.speaker]) for turn in turns]
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -71,6 +90,15 @@ class Service:
             *(k.encode(errors="surrogatepass") for k in (key or "", wanted))
         ):
             raise ApiError(401, "no or wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def begin_of(turn: Turn) -> float:
+    return turn.start
+
+
+def letters_of(number: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    return (letters_of(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
 
 
 def checked_language(name: str, model: Whisper, language: str | None, task: str) -> str | None:

@@ -25,6 +25,7 @@ from dawhisper.serve.options import ServerOptions
 from dawhisper.serve.server import Server
 from dawhisper.serve.service import Service
 from dawhisper.serve.worker import Engine, TranscriptionTask
+from dawhisper.speakers import Diarizer
 
 PATH = "/v1/audio/transcriptions"
 PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'  # of a form
@@ -53,10 +54,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(models: dict[str, Whisper], brief: bool = True, **options: object) -> Iterator[Running]:
+def running(
+    models: dict[str, Whisper], brief: bool = True, diarizer: Diarizer | None = None, **options: object
+) -> Iterator[Running]:
     made = ServerOptions(**{"port": 0, **options})  # type: ignore[arg-type]
     engine = (Brief if brief else Engine)(models, made.batch_size, made.max_queue + made.max_live)
-    app = create_app(engine, made)
+    app = create_app(engine, made, diarizer=diarizer)
     server = Server(app, made)
     socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
