@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from dawhisper.audio import SAMPLE_RATE, to_int16
 from dawhisper.errors import DataError, OptionError, one_line
+from dawhisper.files import replacing
 
 from .manifest import Report, SpokenSegment, Utterance, encode_audio
 
@@ -163,12 +165,16 @@ def _place(cut: Any, source: Path) -> tuple[Path, float | None, float | None] | 
 
 
 def _written(cut: Any, out: Path) -> Path:
-    """The cut as a file of its own."""
-    path = out.resolve() / "audio" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', cut.id)}.flac"
+    """The cut as a file of its own, whole or not at all: the next run takes it as it is."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", cut.id)[:100]
+    if name != cut.id:  # other cuts may come to the same letters
+        name += "-" + blake2b(cut.id.encode(), digest_size=4).hexdigest()
+    path = out.resolve() / "audio" / f"{name}.flac"
     if not path.is_file():
         samples = cut.resample(SAMPLE_RATE).load_audio()  # [channels, n]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_audio(to_int16(np.atleast_2d(samples).mean(axis=0)), "flac"))
+        with replacing(path) as part:
+            part.write_bytes(encode_audio(to_int16(np.atleast_2d(samples).mean(axis=0)), "flac"))
     return path
 
 

@@ -119,6 +119,19 @@ def test_lhotse(clips: dict[str, Path], tmp_path: Path) -> None:
     assert report.dropped.counts == {"missing file": 1}
 
 
+def test_cuts_whose_names_differ_in_one_sign_are_files_of_their_own(clips: dict[str, Path], tmp_path: Path) -> None:
+    lhotse = pytest.importorskip("lhotse")
+    cuts = []
+    for name, called in (("b", "x/1"), ("c", "x_1")):
+        cut = lhotse.Recording.from_file(clips[name], recording_id=name).to_cut()
+        cut.supervisions = [lhotse.SupervisionSegment(called, name, 0.0, 0.9, text=TEXTS[name], language="English")]
+        cuts.append(cut.resample(8000).with_id(called))
+    lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl")
+    found = listed(run(tmp_path / "cuts.jsonl", tmp_path / "out", split=(1.0, 0.0, 0.0)))
+    one, two = found[TEXTS["b"]], found[TEXTS["c"]]
+    assert one.audio != two.audio and not np.array_equal(read_audio(one), read_audio(two))
+
+
 def test_a_recipe_of_lhotse(clips: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lhotse")
     rows = [f"{name}|{text}|{text}" for name, text in TEXTS.items()]
