@@ -25,7 +25,7 @@ from whisper.utils import compression_ratio, format_timestamp
 
 from .audio import Source, load_audio
 from .checkpoint import MODEL_HELP, OWN_MODEL, load_model
-from .decoding import model_tokenizer
+from .decoding import encode_text, model_tokenizer
 from .device import DEVICE_HELP, THREADS_HELP
 from .edits import common
 from .errors import OptionError, one_line
@@ -136,7 +136,7 @@ def given_words(text: str, tokenizer: Tokenizer) -> list[GivenWord]:
     sentences = [part for line in text.splitlines() for part in re.split(r"(?<=[.!?…])\s+|(?<=[。！？])", line)]
     made = []
     for number, sentence in enumerate(sentence for sentence in sentences if sentence.strip()):
-        tokens = tokenizer.encode(" " + " ".join(sentence.split()), disallowed_special=())
+        tokens = encode_text(tokenizer, " ".join(sentence.split()))
         made += [GivenWord(word, ids, number) for word, ids in zip(*tokenizer.split_to_word_tokens(tokens))]
     return made
 

@@ -173,6 +173,11 @@ def model_tokenizer(model: Whisper, language: str | None = None, task: str | Non
     return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=code, task=task)
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's tokens, after the space that Whisper's texts begin with; "<|...|>" in it is text."""
+    return tokenizer.encode(" " + text.strip(), disallowed_special=())
+
+
 # ---------------------------------------------------------------------------------------------------------- rules
 
 
@@ -256,7 +261,7 @@ def initial_tokens(model: Whisper, tokenizer: Tokenizer, options: DecodingOption
     """[<|startofprev|> prompt] <|startoftranscript|> [language, task] [<|notimestamps|>] [prefix]"""
 
     def encoded(text: str | list[int]) -> list[int]:
-        return tokenizer.encode(" " + text.strip(), disallowed_special=()) if isinstance(text, str) else list(text)
+        return encode_text(tokenizer, text) if isinstance(text, str) else list(text)
 
     half = model.dims.n_text_ctx // 2
     tokens = list(

@@ -17,7 +17,7 @@ from whisper.tokenizer import LANGUAGES, Tokenizer
 
 from .audio import log_mel_spectrogram, pad_or_trim
 from .console import show
-from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, model_tokenizer
+from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, encode_text, model_tokenizer
 from .model import AudioFeatures, Whisper
 from .ranking import Alternative
 from .timing import TimedText, Word, add_word_times, find_alignment
@@ -86,7 +86,7 @@ class Prompt:
     def of(cls, model: Whisper, tokenizer: Tokenizer, options: TranscribeOptions) -> Prompt:
         text = options.initial_prompt
         return cls(
-            tokenizer.encode(" " + text.strip(), disallowed_special=()) if text else [],
+            encode_text(tokenizer, text) if text else [],
             [],
             model.dims.n_text_ctx // 2 - 1,
         )

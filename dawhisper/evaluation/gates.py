@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES_PER_TOKEN, pad_or_trim
-from dawhisper.decoding import DecodingOptions, initial_tokens, model_tokenizer
+from dawhisper.decoding import DecodingOptions, encode_text, initial_tokens, model_tokenizer
 from dawhisper.model import Whisper
 from dawhisper.noise.mixing import Mixture, frame_energy
 from dawhisper.trace import Trace
@@ -105,10 +105,7 @@ def _tokens(model: Whisper, texts: Sequence[str], language: str | None) -> tuple
     tokenizer = model_tokenizer(model, language or "en", "transcribe")
     prompt = initial_tokens(model, tokenizer, DecodingOptions(language=language or "en", without_timestamps=True))
     room = model.dims.n_text_ctx - len(prompt)
-    rows = [
-        prompt + (tokenizer.encode(" " + text.strip(), disallowed_special=())[:room] if text.strip() else [])
-        for text in texts
-    ]
+    rows = [prompt + (encode_text(tokenizer, text)[:room] if text.strip() else []) for text in texts]
     n = max(map(len, rows))
     tokens = torch.tensor([row + [tokenizer.eot] * (n - len(row)) for row in rows], device=model.device)
     position = torch.arange(n, device=model.device)

@@ -25,7 +25,14 @@ from whisper.utils import compression_ratio
 
 from dawhisper import vad
 from dawhisper.audio import log_mel_spectrogram, pad_or_trim
-from dawhisper.decoding import DecodingOptions, DecodingResult, asked_language, decode_windows, model_tokenizer
+from dawhisper.decoding import (
+    DecodingOptions,
+    DecodingResult,
+    asked_language,
+    decode_windows,
+    encode_text,
+    model_tokenizer,
+)
 from dawhisper.errors import OptionError
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.options import option
@@ -127,7 +134,7 @@ class Stream:
         self.context: list[int] = []  # tokens before the buffer
         if self.options.initial_prompt:
             tokenizer = model_tokenizer(model, self.language)
-            self.context = tokenizer.encode(" " + self.options.initial_prompt.strip())[-CONTEXT:]
+            self.context = encode_text(tokenizer, self.options.initial_prompt)[-CONTEXT:]
         self.previous: list[LiveWord] = []  # the last hypothesis
         self.open: list[LiveWord] = []  # words of the segment that is not closed
         self.closed = 0  # segments

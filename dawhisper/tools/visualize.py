@@ -26,7 +26,7 @@ from whisper.tokenizer import Tokenizer
 
 from dawhisper.audio import load_audio, log_mel_spectrogram, pad_or_trim, to_int16
 from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
-from dawhisper.decoding import DecodingOptions, decode_windows, language_code, model_tokenizer
+from dawhisper.decoding import DecodingOptions, decode_windows, encode_text, language_code, model_tokenizer
 from dawhisper.device import DEVICE_HELP
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.files import writable_folder
@@ -193,7 +193,7 @@ def text_tokens(model: Whisper, features: AudioFeatures, options: VisualizeOptio
     language = language_code(options.language or "en")
     if options.language is None and model.is_multilingual:
         language = decode_windows(model, features, DecodingOptions(task="lang_id"))[0].language
-    tokens = model_tokenizer(model, language, "transcribe").encode(" " + options.text.strip())
+    tokens = encode_text(model_tokenizer(model, language, "transcribe"), options.text)
     return language, tokens[: model.dims.n_text_ctx // 2]
 
 

@@ -48,6 +48,12 @@ def listen(model: dawhisper.Whisper, audio: np.ndarray, piece: int = 16000, **op
     return update + stream.finish()
 
 
+def test_the_names_of_special_tokens_are_text_of_a_prompt() -> None:
+    model = pair()[0]
+    stream = Stream(model, StreamOptions(language="en", initial_prompt="see <|endoftext|>"))
+    assert model_tokenizer(model).decode(stream.context) == " see <|endoftext|>"
+
+
 @pytest.fixture(scope="module")
 def speech(assets: Path) -> np.ndarray:
     """The clip twice with short pauses: longer than what is decoded again."""

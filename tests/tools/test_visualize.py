@@ -239,6 +239,10 @@ def test_real_speech(base_path: Path, assets: Path) -> None:
     assert np.corrcoef(centres, [w.start for w in view.words])[0, 1] > 0.9
 
 
+def test_the_names_of_special_tokens_are_text(dual: Whisper) -> None:
+    assert seen(dual, text="One <|endoftext|> two").text == "One <|endoftext|> two"
+
+
 def test_silence_has_nothing_to_show(dual: Whisper) -> None:
     with pytest.raises(AudioError, match="no word"):
         look(dual, np.zeros(16000, np.float32), "silence", options(text=""))
