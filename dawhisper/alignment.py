@@ -26,7 +26,7 @@ from whisper.utils import compression_ratio, format_timestamp
 from .audio import Source, load_audio
 from .checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from .decoding import encode_text, model_tokenizer
-from .device import DEVICE_HELP, THREADS_HELP
+from .device import DEVICE_HELP, DTYPE_HELP, DTYPE_NAMES, THREADS_HELP
 from .edits import common
 from .errors import OptionError, one_line
 from .files import writable_folder
@@ -57,9 +57,7 @@ class AlignOptions(WriterOptions):
     model: str = option(OWN_MODEL, MODEL_HELP)
     language: str | None = option(None, "language spoken, by code or English name; None detects it")
     device: str | None = option(None, DEVICE_HELP)
-    dtype: str | None = option(
-        None, "compute in this; int8 is fastest on a CPU", choices=["fp32", "fp16", "bf16", "int8"]
-    )
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPE_NAMES)
     batch_size: int = option(8, "windows heard together")
     threads: int = option(0, THREADS_HELP)
     output_dir: str = option(".", "folder for the outputs", short="-o")

@@ -39,7 +39,7 @@ from dawhisper.formats.stored import (
 )
 
 from .device import choose_device, choose_dtype
-from .errors import CheckpointError, OptionError, one_line
+from .errors import CheckpointError, one_line
 from .files import replacing
 from .model import DualOptions, Whisper
 
@@ -69,8 +69,9 @@ def load_model(
         weights), a dawhisper .safetensors file, or a folder of ONNX graphs that `dawhisper export` made, which run on
         onnxruntime on the CPU
     device: None = cuda if there is one, else mps, else cpu
-    dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights; None = fp16 on cuda, fp32 elsewhere. "int8", for
-        x86 CPUs, has linear layers in int8 and the rest in fp32: the fastest there, for inference alone
+    dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights. "int8", for x86 CPUs, is the fastest there and for
+        inference alone: token steps in int8, the encoder in bf16 where the processor has AMX, in int8 otherwise. None
+        and "auto" = fp16 on cuda, int8 on a CPU with 8-bit dot products (AVX-512 VNNI), fp32 elsewhere
     download_root: folder for downloads; None = openai-whisper's cache, ~/.cache/whisper
     dual: give a stock model a second branch with these options (with init="copy" it computes the same as before)
 
@@ -82,9 +83,7 @@ def load_model(
     CheckpointError: the model cannot be found, read or used; OptionError: unknown device or dtype
     """
     chosen = choose_device(device)
-    if dtype == "int8" and chosen.type != "cpu":
-        raise OptionError(f"int8 is for the CPU, not {chosen}; use device='cpu', or fp16")
-    kind = choose_dtype("fp32" if dtype == "int8" else dtype, chosen)
+    kind = choose_dtype(dtype, chosen)
     name = os.fspath(name_or_path)
     if name in _model_table():
         path, heads = _downloaded(name, download_root), _alignment_table()[name]
@@ -98,14 +97,14 @@ def load_model(
             raise CheckpointError(f"{path}: graphs can't be given another second branch; export the model that has it")
         return exported
     stored = _read(path, download_root)
-    model = _build(stored, chosen, kind)
+    model = _build(stored, chosen, torch.float32 if kind == torch.int8 else kind)
     if heads is not None:
         set_alignment_heads(model, heads)
     if dual is not None and model.dual is None:
         model.add_second_branch(dual)
     elif dual is not None and model.dual != dual:
         raise CheckpointError(f"{path}: this model has a second branch already ({model.dual}); leave `dual` out")
-    return quantize_linears(model.eval()) if dtype == "int8" else model.eval()
+    return quantize_linears(model.eval()) if kind == torch.int8 else model.eval()
 
 
 def read_config(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .bulk.summary import Summary
 from .checkpoint import MODEL_HELP, OWN_MODEL, load_model
 from .console import show
 from .decoding import asked_language
-from .device import DEVICES_HELP, THREADS_HELP, choose_devices
+from .device import DEVICES_HELP, DTYPE_HELP, DTYPE_NAMES, THREADS_HELP, choose_devices
 from .errors import OptionError, one_line, unforeseen
 from .files import replacing, writable_folder
 from .hotwords import read_terms
@@ -80,10 +80,8 @@ class FilesOptions:
     model: str = option(OWN_MODEL, MODEL_HELP)
     model_dir: str | None = option(None, "where downloaded models are kept; ~/.cache/whisper by default")
     device: str | None = option(None, DEVICES_HELP)
-    fp16: bool = option(True, "compute in fp16 on a GPU; False in fp32 (a CPU always does)")
-    dtype: str | None = option(
-        None, "compute in this instead; int8 is fastest on a CPU", choices=["fp32", "fp16", "bf16", "int8"]
-    )
+    fp16: bool = option(True, "compute in fp16 on a GPU; False in fp32, there and on a CPU")
+    dtype: str | None = option(None, f"compute in this instead; {DTYPE_HELP}", choices=DTYPE_NAMES)
     int8_memory: bool = option(False, "on a GPU: keep the audio's keys and values in int8, faster")
     threads: int = option(0, THREADS_HELP)
     output_dir: str = option(".", "folder for the outputs", short="-o")

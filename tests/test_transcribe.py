@@ -95,7 +95,10 @@ def test_english_only_model() -> None:
 
 def test_real_speech(base_path: Path, assets: Path) -> None:
     """base on more than a window: the asset clip again and again, with word times."""
-    ours, theirs = dawhisper.load_model(base_path, device="cpu"), whisper.load_model(str(base_path), device="cpu")
+    ours, theirs = (
+        dawhisper.load_model(base_path, device="cpu", dtype="fp32"),
+        whisper.load_model(str(base_path), device="cpu"),
+    )
     clip = dawhisper.load_audio(assets / "speech.opus")
     audio = np.concatenate([clip, np.zeros(16000, np.float32)] * (1 + 32 * 16000 // len(clip)))
     result = assert_same(ours, theirs, audio, word_timestamps=True, language="en")
@@ -109,7 +112,7 @@ def test_no_words_without_speech(sound: str, base_path: Path) -> None:
     audio = np.zeros(90 * 16000, np.float32)
     if sound == "white noise":
         audio = np.random.default_rng(0).standard_normal(len(audio)).astype(np.float32) * 0.05
-    assert dawhisper.load_model(base_path, device="cpu").transcribe(audio).text.strip() == ""
+    assert dawhisper.load_model(base_path, device="cpu", dtype="fp32").transcribe(audio).text.strip() == ""
 
 
 def test_segments_come_as_soon_as_they_are_known() -> None:

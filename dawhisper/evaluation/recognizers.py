@@ -1,6 +1,6 @@
-"""The recognisers of an evaluation: our own models, and openai-whisper, faster-whisper and transformers for comparison.
+"""The recognisers of an evaluation: our own models, and other packages' for comparison.
 
-A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH` or `hf:FOLDER`; with a label of one's own
+A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH`, `hf:FOLDER` or `cpp:FILE`; with a label of one's own
 before it where wanted: `mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is not ours is
 imported only when it is asked for.
 """
@@ -31,6 +31,7 @@ PACKAGES = {  # of each back end: what is imported, what is installed
     "openai": ("whisper", "openai-whisper"),
     "faster": ("faster_whisper", "faster-whisper"),
     "hf": ("transformers", "transformers"),
+    "cpp": ("pywhispercpp", "pywhispercpp"),
 }
 EVALUATED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -134,6 +135,10 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
             load_model(spec.path)  # raises: it knows what is near
         if spec.backend == "hf" and not Path(spec.path).is_dir():
             raise CheckpointError(f"no such folder: {spec.path}; --model hf: takes a folder in transformers' format")
+        if spec.backend == "cpp" and not Path(spec.path).is_file():
+            raise CheckpointError(
+                f"no such file: {spec.path}; --model cpp: takes what whisper.cpp's models/convert-pt-to-ggml.py makes"
+            )
 
 
 def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
@@ -142,7 +147,7 @@ def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, s
         return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec)
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
-    kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace}
+    kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace, "cpp": WhisperCpp}
     try:
         return kinds[spec.backend](spec, decoding, device, seed)
     except (OSError, RuntimeError, ValueError) as e:
@@ -232,6 +237,31 @@ class Faster:
                 options |= {"without_timestamps": True, "no_speech_threshold": None}
         segments, _ = self.model.transcribe(audio, language=language, **options)
         return "".join(segment.text for segment in segments).strip()
+
+
+class WhisperCpp:
+    """whisper.cpp by pywhispercpp, one recording at a time on the CPU; it computes in what its file is stored in."""
+
+    def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
+        from pywhispercpp.model import Model
+
+        quiet = {"print_progress": False, "print_realtime": False, "redirect_whispercpp_logs_to": None}
+        strategy = int(bool(decoding.beam_size))  # 0 is greedy
+        self.model = Model(spec.path, params_sampling_strategy=strategy, n_threads=torch.get_num_threads(), **quiet)
+        self.options: dict[str, Any] = {"no_context": True}
+        if decoding.beam_size:
+            self.options["beam_search"] = {"beam_size": decoding.beam_size, "patience": -1.0}
+        else:
+            self.options["greedy"] = {"best_of": 1}
+        if not decoding.fallback:
+            self.options |= {"temperature": 0.0, "temperature_inc": 0.0}
+
+    def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        return [self._one(x, language) for x in audio]
+
+    def _one(self, audio: np.ndarray, language: str | None) -> str:
+        segments = self.model.transcribe(audio, language=language or "auto", **self.options)
+        return " ".join(segment.text.strip() for segment in segments)
 
 
 class HuggingFace:

@@ -1,51 +1,69 @@
-"""Linear layers in int8 for CPUs: a quarter of fp32's bytes, multiplied by the processor's 8-bit instructions.
+"""A model's linear layers in the types that a CPU multiplies fastest.
 
-Weights are symmetric around zero with one scale per output row, as in a dawhisper int8 file; activations are quantised
-as they come. What lies between the matrix products stays fp32: norms, self-attention, gate and convolutions. The keys
-and values of the audio are bf16 where the processor multiplies that: every token reads all of them.
+A token step reads all weights for one row: there int8 is a quarter of fp32's bytes. Its weights are symmetric around
+zero with one scale per output row, as in a dawhisper int8 file; activations are quantised as they come. The hundreds
+of rows of the encoder are limited by arithmetic: bf16 where the processor has tiles for it (AMX), int8 otherwise. What
+lies between the products stays fp32: norms, sums, the decoder's self-attention, the gate. The keys and values of the
+audio are bf16 where the processor multiplies that: every token reads all of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dawhisper.device import PROCESSOR, Processor
 from dawhisper.errors import OptionError
-from dawhisper.model import AudioFeatures, CrossMemory, MultiHeadAttention, TextDecoder, TokenEmbedding, Whisper
+from dawhisper.model import (
+    AudioEncoder,
+    AudioFeatures,
+    CrossMemory,
+    LayerNorm,
+    MultiHeadAttention,
+    TextDecoder,
+    TokenEmbedding,
+    Whisper,
+)
 
-ENGINE = torch.backends.quantized.engine
-VNNI = torch.cpu._is_vnni_supported()  # 8-bit dot products
-# without them the sum of two products has 16 bits: activations must then do with 7
-REDUCE_RANGE = not VNNI
-BF16 = torch.cpu._is_avx512_bf16_supported()
+# without 8-bit dot products the sum of two products has 16 bits: activations must then do with 7
+REDUCE_RANGE = not PROCESSOR.vnni
 
 
-class Int8Linear(nn.Module):
+class Packed(nn.Module):
+    """A layer that has its weights in another form alone."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise OptionError("a model in int8 can't be saved, trained or given a second branch; load it with dtype='fp32'")
+
+
+class Int8Linear(Packed):
     """x [..., in] -> [..., out] in fp32, from weights [out, in] packed for the processor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         zero = torch.zeros(len(weight), dtype=torch.long)
         scale = largest(weight)[:, 0].double() / 127
-        values = torch.quantize_per_channel(weight.contiguous(), scale, zero, axis=0, dtype=torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(values, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch means to drop such tensors, but packs nothing else
+            values = torch.quantize_per_channel(weight.contiguous(), scale, zero, axis=0, dtype=torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(values, bias)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:  # one row
+            return torch.ops.quantized.linear_dynamic(x, self.packed, REDUCE_RANGE)
         # The kernel has one scale for all rows. Brought to the same range, no row suffers from a louder one: in noise
         # the encoder's word errors rise by 40% otherwise.
-        if x.numel() == x.shape[-1]:
-            y = torch.ops.quantized.linear_dynamic(x, self.packed, REDUCE_RANGE)
-            return y if self.bias is None else y.add_(self.bias)
         scale = largest(x)
         y = torch.ops.quantized.linear_dynamic(x / scale, self.packed, REDUCE_RANGE)
-        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale, out=y)
+        return y.mul_(scale) if self.bias is None else torch.lerp(self.bias, y, scale, out=y)
 
 
-class Int8RowsLinear(nn.Module):
+class Int8RowsLinear(Packed):
     """Int8Linear for hundreds of rows, as the encoder has: oneDNN's kernel, which needs 8-bit dot products.
 
     1,500 rows, 512 to 2,048: 7.8 ms, as an Int8Linear 13.7 ms (one thread of an Intel Xeon, torch 2.11).
@@ -71,7 +89,43 @@ class Int8RowsLinear(nn.Module):
         return torch.addcmul(self.bias, y, scale, out=y)
 
 
-Packed = type[Int8Linear] | type[Int8RowsLinear]
+class Bf16Linear(Packed):
+    """x [..., in] of any type -> [..., out] in bf16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.bfloat16(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight, self.bias)
+
+
+class Bf16Convolution(Packed):
+    """A convolution as one product over its windows, [B, c, T] of any type -> [B, C, T'] in bf16.
+
+    Positions lie before channels in memory, as the layers after it read them.
+    """
+
+    def __init__(self, conv: nn.Conv1d):
+        super().__init__()
+        self.width, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+        self.product = Bf16Linear(conv.weight.transpose(1, 2).flatten(1), conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.pad(x.bfloat16().transpose(1, 2), (0, 0, self.padding, self.padding))
+        windows = rows.unfold(1, self.width, self.stride).transpose(2, 3).flatten(2)  # [B, T', width * c]
+        return self.product(windows).transpose(1, 2)
+
+
+class Fp32LayerNorm(LayerNorm):
+    """The encoder's last: features are of the model's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+Kind = type[Int8Linear] | type[Int8RowsLinear] | type[Bf16Linear]
 
 
 class InplaceGELU(nn.Module):
@@ -91,10 +145,10 @@ def largest(rows: Tensor) -> Tensor:
     return torch.maximum(rows.amax(dim=-1, keepdim=True), -rows.amin(dim=-1, keepdim=True)).clamp_(min=1e-12)
 
 
-class Int8SelfAttention(MultiHeadAttention):
+class JointSelfAttention(MultiHeadAttention):
     """A self-attention whose query, key and value are one product."""
 
-    def __init__(self, attn: Any, kind: Packed):
+    def __init__(self, attn: Any, kind: Kind):
         nn.Module.__init__(self)  # without the layers that it replaces
         self.n_head = attn.n_head
         self.joint = kind(*joint(attn.query, attn.key, attn.value))
@@ -105,10 +159,10 @@ class Int8SelfAttention(MultiHeadAttention):
         return self.split(q), self.split(k), self.split(v)
 
 
-class Int8CrossAttention(MultiHeadAttention):
+class JointCrossAttention(MultiHeadAttention):
     """A cross-attention whose key and value are one product, of kind `memory`."""
 
-    def __init__(self, attn: Any, memory: Packed):
+    def __init__(self, attn: Any, memory: Kind):
         nn.Module.__init__(self)  # without the layers that it replaces
         self.n_head = attn.n_head
         self.joint = memory(*joint(attn.key, attn.value))
@@ -142,35 +196,45 @@ class Bf16MemoryDecoder(TextDecoder):
         return [memory.stacked(torch.bfloat16) for memory in self.memories(features)]
 
 
-def quantize_linears(model: Whisper) -> Whisper:
-    """Put the linear layers of an fp32 model on the CPU into int8, in place. It can't be trained or saved then.
+def quantize_linears(model: Whisper, processor: Processor = PROCESSOR) -> Whisper:
+    """Put an fp32 model on the CPU into the processor's fastest types, in place. It can't be trained or saved then.
 
     OptionError where there are no int8 kernels for the processor.
     """
-    if ENGINE not in ("x86", "fbgemm", "onednn"):
+    if not processor.int8:
         raise OptionError("int8 needs an x86 processor; use fp32")
-    many = Int8RowsLinear if VNNI else Int8Linear
+    many: Kind = Bf16Linear if processor.tiles else Int8RowsLinear if processor.vnni else Int8Linear
     model.requires_grad_(False)
+    if processor.tiles:
+        put_stream_in_bf16(model.encoder)
     for block in [*model.encoder.blocks, *model.encoder.secondary_blocks]:
-        block.attn = Int8SelfAttention(block.attn, many)
-        block.mlp = int8_mlp(block.mlp, many)
+        block.attn = JointSelfAttention(block.attn, many)
+        block.mlp = mlp_of(block.mlp, many)
     for block in model.decoder.blocks:
-        block.attn = Int8SelfAttention(block.attn, Int8Linear)
-        block.mlp = int8_mlp(block.mlp, Int8Linear)
-        block.cross_attn = Int8CrossAttention(block.cross_attn, many)
+        block.attn = JointSelfAttention(block.attn, Int8Linear)
+        block.mlp = mlp_of(block.mlp, Int8Linear)
+        block.cross_attn = JointCrossAttention(block.cross_attn, many)
         if block.secondary_attn is not None:
-            block.secondary_attn = Int8CrossAttention(block.secondary_attn, many)
+            block.secondary_attn = JointCrossAttention(block.secondary_attn, many)
     model.decoder.token_embedding = Int8TokenEmbedding(model.decoder.token_embedding.weight)
-    if BF16:
+    if processor.bf16:
         model.decoder.__class__ = Bf16MemoryDecoder
     return model
+
+
+def put_stream_in_bf16(encoder: AudioEncoder) -> None:
+    """Have an encoder hand bf16 from its convolutions to its last norm."""
+    encoder.conv1, encoder.conv2 = map(Bf16Convolution, (encoder.conv1, encoder.conv2))  # type: ignore[assignment]
+    for norm in (encoder.ln_post, encoder.secondary_ln_post):
+        if norm is not None:
+            norm.__class__ = Fp32LayerNorm
 
 
 def is_quantized(model: Whisper) -> bool:
     return isinstance(model.decoder.token_embedding, Int8TokenEmbedding)
 
 
-def int8_mlp(mlp: Any, kind: Packed) -> nn.Sequential:
+def mlp_of(mlp: Any, kind: Kind) -> nn.Sequential:
     first, _, last = mlp
     return nn.Sequential(kind(first.weight, first.bias), InplaceGELU(), kind(last.weight, last.bias))
 

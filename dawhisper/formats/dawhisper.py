@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dawhisper.errors import CheckpointError, OptionError, one_line
-from dawhisper.fast.int8 import is_quantized
 from dawhisper.files import replacing
 from dawhisper.model import DualOptions, Whisper
 
@@ -44,8 +43,6 @@ def save_model(
     """
     if dtype not in ("fp16", "int8", "fp32"):
         raise OptionError(f"a model is stored as fp16, int8 or fp32, not {dtype!r}")
-    if is_quantized(model):
-        raise OptionError("a model loaded with dtype='int8' can't be saved; load it as fp32")
     config = {
         "format_version": FORMAT_VERSION,
         "dims": dataclasses.asdict(model.dims),

@@ -15,7 +15,7 @@ import torch
 
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL, load_model
-from dawhisper.device import DEVICE_HELP, THREADS_HELP
+from dawhisper.device import DEVICE_HELP, DTYPE_HELP, DTYPE_NAMES, THREADS_HELP
 from dawhisper.errors import OptionError
 from dawhisper.options import option
 from dawhisper.transcribe_files import usable_language
@@ -36,6 +36,7 @@ class ListenOptions(StreamOptions):
     input_device: str | None = option(None, "which microphone: number or name; the system's by default")
     model: str = option(OWN_MODEL, MODEL_HELP)
     device: str | None = option(None, DEVICE_HELP)
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPE_NAMES)
     threads: int = option(0, THREADS_HELP)
     as_json: bool = option(False, "a JSON object for each update: words, segments", name="json", flag=True)
 
@@ -49,7 +50,7 @@ def stream(options: ListenOptions) -> None:
         raise OptionError(f"--input is mic or - (standard input), not {source!r}; for files: dawhisper transcribe")
     pipe = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)  # a thread that waits in a buffer would outlive the end
     pieces = read_microphone(options.input_device) if source == "mic" else read_ahead(read_pcm(pipe, options.step))
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, options.device, options.dtype)
     heard = Stream(model, replace(options, language=usable_language(model, options.model, options.language)))
     warm_up(model)
     where = "the microphone" if source == "mic" else "standard input"

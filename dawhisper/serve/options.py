@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from dawhisper.checkpoint import OWN_MODEL
-from dawhisper.device import DEVICE_HELP, THREADS_HELP
+from dawhisper.device import DEVICE_HELP, DTYPE_HELP, DTYPE_NAMES, THREADS_HELP
 from dawhisper.errors import OptionError
 from dawhisper.options import option
 
@@ -28,6 +28,7 @@ class ServerOptions:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all, which needs --api_key to be safe")
     port: int = option(8000, "0 takes a free one")
     device: str | None = option(None, DEVICE_HELP)
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPE_NAMES)
     threads: int = option(0, THREADS_HELP)
     api_key: str | None = option(
         None, "what clients must send; $DAWHISPER_API_KEY by default, which other users can't see"

@@ -32,7 +32,7 @@ LAST_WORDS = 20.0  # seconds that live streams have at the end
 MOST_MESSAGE = 16 * 2**20  # bytes of a WebSocket's message: OpenAI takes 15 MiB of audio in one
 
 
-def load_models(names: tuple[str, ...], device: str | None) -> dict[str, Whisper]:
+def load_models(names: tuple[str, ...], device: str | None, dtype: str = "auto") -> dict[str, Whisper]:
     """Models by the name that clients use: NAME of NAME=PATH, else a path's stem."""
     models: dict[str, Whisper] = {}
     for given in names:
@@ -40,7 +40,7 @@ def load_models(names: tuple[str, ...], device: str | None) -> dict[str, Whisper
         label = label or Path(path).name.removesuffix(".pt").removesuffix(".safetensors")
         if label in models:
             raise OptionError(f"two models are named {label!r}; name them with --model NAME={path}")
-        models[label] = load_model(path, device)
+        models[label] = load_model(path, device, dtype)
     return models
 
 
@@ -77,7 +77,7 @@ def serve(options: ServerOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed request
-    models = load_models(options.models, options.device)
+    models = load_models(options.models, options.device, options.dtype)
     device = next(iter(models.values())).device
     diarizer = pyannote_diarizer(options.hf_token, device) if options.diarize else None
     # each live stream has a place of its own

@@ -27,7 +27,7 @@ from dawhisper.audio import SAMPLE_RATE, from_int16, load_audio
 from dawhisper.batched import BatchedRecording, iter_batched
 from dawhisper.checkpoint import MODEL_HELP, OWN_MODEL
 from dawhisper.data.manifest import decode_audio, read_manifest
-from dawhisper.device import DEVICE_HELP, THREADS_HELP
+from dawhisper.device import DEVICE_HELP, DTYPE_HELP, DTYPE_NAMES, THREADS_HELP
 from dawhisper.errors import OptionError, near_names
 from dawhisper.evaluation.metrics import count_words, error_rate, normalizer
 from dawhisper.evaluation.recognizers import (
@@ -46,7 +46,7 @@ from dawhisper.timing import Word
 from dawhisper.transcribe import transcribe_lazily
 from dawhisper.transcription import Segment, TranscribeOptions
 
-from .throughput import Throughput, copy_bandwidth, matmul_flops, measure
+from .throughput import Throughput, copy_bandwidth, encoder_type, matmul_flops, measure
 
 OURS = "dawhisper"
 PEERS = {"openai-whisper": "openai", "faster-whisper": "faster", "transformers": "hf"}  # name: back end of `evaluate`
@@ -81,9 +81,7 @@ class BenchOptions:
     beam_size: int | None = option(None, "beams; greedy by default")
     word_timestamps: bool = option(False, "times for each word")
     language: str | None = option("en", "spoken language; None detects it")
-    dtype: str | None = option(
-        None, "of dawhisper: fp32, fp16, bf16 and what load_model takes; fp16 on a GPU, fp32 elsewhere"
-    )
+    dtype: str = option("auto", f"of dawhisper; {DTYPE_HELP}", choices=DTYPE_NAMES)
     device: str | None = option(None, DEVICE_HELP)
     threads: int = option(0, THREADS_HELP)
     converted: str = option(
@@ -145,7 +143,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         "environment": environment(options),
         "stages": [asdict(measure(loaded[0].model, n, STEPS)) for n in sorted({1, options.batch_size or 1})],
         "copy_gb_per_second": copy_bandwidth(loaded[0].model.device) / 1e9,
-        "matmul_tflops": matmul_flops(loaded[0].model.device, loaded[0].model.dtype) / 1e12,
+        "matmul_tflops": matmul_flops(loaded[0].model.device, encoder_type(loaded[0].model)) / 1e12,
         "sections": {},
     }
     for title, clips, section in sections:
@@ -174,7 +172,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 def parse_contestants(options: BenchOptions) -> list[Contestant]:
     """Ours, then the peers. OptionError for a package that is unknown or not installed."""
     default = "fp16" if device_of(options).type == "cuda" else "fp32"
-    parsed = [Contestant(OURS, options.dtype or default)]
+    parsed = [Contestant(OURS, options.dtype)]
     for given in options.against:
         name, _, dtype = given.partition(":")
         if name not in PEERS:

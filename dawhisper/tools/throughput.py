@@ -122,9 +122,14 @@ def measure(model: Whisper, windows: int, tokens: int = 128, rounds: int = 3) ->
         encode_ms=1e3 * encode,
         prefill_ms=1e3 * prefill,
         step_ms=1e3 * step,
-        encoder_share=flops / encode / matmul_flops(device, model.dtype),
+        encoder_share=flops / encode / matmul_flops(device, encoder_type(model)),
         step_share=None if read is None else read / step / copy_bandwidth(device),
     )
+
+
+def encoder_type(model: Whisper) -> torch.dtype:
+    """The type that the encoder's products are computed in; fp32 where they are in int8."""
+    return next((p.dtype for p in model.encoder.blocks.parameters() if p.ndim == 2), torch.float32)
 
 
 def step_bytes(model: Whisper, rows: int, position: int) -> int:

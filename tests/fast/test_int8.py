@@ -1,4 +1,4 @@
-"""Linear layers in int8 on the CPU."""
+"""The types that a CPU computes fastest in, and its layers in them."""
 
 from __future__ import annotations
 
@@ -10,28 +10,69 @@ from helpers.models import MULTILINGUAL, inputs, pair, trained
 from whisper.normalizers import EnglishTextNormalizer
 
 from dawhisper import DualOptions, load_model, save_model
+from dawhisper.device import PROCESSOR, Processor, choose_dtype
 from dawhisper.errors import OptionError
-from dawhisper.fast.int8 import VNNI, Int8Linear, Int8RowsLinear
+from dawhisper.fast.int8 import Bf16Convolution, Bf16Linear, Int8Linear, Int8RowsLinear, Packed, quantize_linears
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.quantized.engine not in ("x86", "fbgemm", "onednn"), reason="no int8 kernels for this processor"
-)
+needs_int8 = pytest.mark.skipif(not PROCESSOR.int8, reason="no int8 kernels for this processor")
+needs_vnni = pytest.mark.skipif(not PROCESSOR.vnni, reason="no 8-bit dot products")
+PROCESSORS = {
+    "old": pytest.param(Processor(int8=True), marks=needs_int8),
+    "vnni": pytest.param(Processor(int8=True, vnni=True), marks=needs_vnni),
+    "bf16": pytest.param(Processor(int8=True, vnni=True, bf16=True), marks=needs_vnni),
+    "amx": pytest.param(Processor(int8=True, vnni=True, bf16=True, tiles=True), marks=needs_int8),  # slow without
+}
 
 
-needs_vnni = pytest.mark.skipif(not VNNI, reason="no 8-bit dot products")
+def test_the_type_is_chosen_by_what_the_processor_multiplies_fast() -> None:
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    arm, old, vnni = Processor(int8=False), Processor(int8=True), Processor(int8=True, vnni=True)
+    for given in (None, "auto"):
+        assert [choose_dtype(given, cpu, p) for p in (arm, old, vnni)] == [torch.float32, torch.float32, torch.int8]
+        assert [choose_dtype(given, other, vnni) for other in (cuda, mps)] == [torch.float16, torch.float32]
+    assert choose_dtype("fp32", cpu, vnni) == choose_dtype(torch.float32, cpu, vnni) == torch.float32
+    assert choose_dtype("int8", cpu, old) == torch.int8
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, pytest.param(Int8RowsLinear, marks=needs_vnni)])
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
 @torch.no_grad()
-def test_each_row_keeps_its_precision(kind: type[Int8Linear]) -> None:
+def test_each_stage_has_the_fastest_type(processor: Processor) -> None:
+    model = quantize_linears(trained(DualOptions(memory_layers=1)), processor)
+    encoder, decoder = model.encoder, model.decoder
+    many = Bf16Linear if processor.tiles else Int8RowsLinear if processor.vnni else Int8Linear
+    blocks = [*encoder.blocks, *encoder.secondary_blocks]
+    assert {type(m) for b in blocks for m in b.modules() if isinstance(m, Packed)} == {many}
+    assert isinstance(encoder.conv1, Bf16Convolution) == isinstance(encoder.conv2, Bf16Convolution) == processor.tiles
+    assert {type(b.cross_attn.joint) for b in decoder.blocks} == {many}
+    assert {type(b.mlp[0]) for b in decoder.blocks} == {type(decoder.token_embedding.output)} == {Int8Linear}
+    features = model.encode(inputs()[0])
+    assert features.primary.dtype == features.secondary.dtype == model.dtype
+    kept = decoder.remember(features)[0].key.dtype
+    assert kept == (torch.bfloat16 if processor.bf16 else torch.float32)
+
+
+@pytest.mark.parametrize("length, stride", [(20, 1), (20, 2), (7, 2)])
+def test_a_convolution_is_one_product(length: int, stride: int) -> None:
+    torch.manual_seed(0)
+    conv, x = torch.nn.Conv1d(6, 8, kernel_size=3, stride=stride, padding=1), torch.randn(2, 6, length)
+    expected = conv(x)
+    got = Bf16Convolution(conv)(x)
+    torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0)
+    assert got.transpose(1, 2).is_contiguous()  # what follows reads position by position
+
+
+@needs_int8
+@pytest.mark.parametrize("kind", [Int8Linear, pytest.param(Int8RowsLinear, marks=needs_vnni), Bf16Linear])
+@torch.no_grad()
+def test_each_row_keeps_its_precision(kind: type[Packed]) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
     x = torch.randn(3, 7, 64) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
-    got = kind(linear.weight, None)(x)
+    got = kind(linear.weight, None)(x).float()
     expected = torch.nn.functional.linear(x, linear.weight)
     error = (got - expected).abs().amax(dim=(1, 2)) / expected.abs().amax(dim=(1, 2))
     assert (error < 0.02).all(), error
-    one = kind(linear.weight, linear.bias)(x[1, :1])
+    one = kind(linear.weight, linear.bias)(x[1, :1]).float()
     torch.testing.assert_close(one, linear(x[1, :1]), atol=0.03, rtol=0)
     assert kind(linear.weight, None)(torch.zeros(2, 64)).eq(0).all()
 
@@ -47,6 +88,7 @@ def test_one_sided_rows_use_all_codes() -> None:
     assert error[1] < 1.1 * error[0]
 
 
+@needs_int8
 @pytest.mark.parametrize("dual", [None, DualOptions()], ids=["single", "dual"])
 @pytest.mark.parametrize("storage", ["fp32", "int8"])
 @torch.no_grad()
@@ -57,15 +99,20 @@ def test_loaded_in_int8(storage: str, dual: DualOptions | None, tmp_path: Path) 
     got = load_model(tmp_path / "model.safetensors", device="cpu", dtype="int8")
     left = {name.rpartition(".")[0] for name, module in got.named_modules() if isinstance(module, torch.nn.Linear)}
     assert left == ({f"decoder.blocks.{i}.gate" for i in range(MULTILINGUAL.n_text_layer)} if dual else set())
-    packed = [module for module in got.modules() if isinstance(module, Int8Linear | Int8RowsLinear)]
+    packed = [module for module in got.modules() if isinstance(module, Packed) and hasattr(module, "bias")]
     blocks = MULTILINGUAL.n_audio_layer + MULTILINGUAL.n_text_layer
     cross = MULTILINGUAL.n_text_layer * (2 if dual else 1)
-    assert len(packed) == (2 + 2) * blocks + 3 * cross + 1  # self-attention and MLP; query, memory and out; vocabulary
+    convolutions = 2 if PROCESSOR.tiles else 0
+    # self-attention and MLP; query, memory and out; vocabulary
+    assert len(packed) == (2 + 2) * blocks + 3 * cross + 1 + convolutions
     mel, tokens = inputs()
     expected = exact(mel, tokens)
     assert 0 < (got(mel, tokens) - expected).abs().max() < 0.05 * expected.abs().max()
-    with pytest.raises(OptionError, match="load it as fp32"):
-        save_model(got, tmp_path / "again.safetensors")
+    for wrong in (lambda: save_model(got, tmp_path / "again.safetensors"), got.state_dict):
+        with pytest.raises(OptionError, match="load it with dtype='fp32'"):
+            wrong()
+    with pytest.raises((OptionError, ValueError), match=r"dtype='fp32'|has its second branch already"):
+        got.add_second_branch(DualOptions())
 
 
 def test_wrong_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,15 +120,15 @@ def test_wrong_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(OptionError, match="for the CPU"):
         load_model(tmp_path / "model.safetensors", device="cuda:0", dtype="int8")
-    monkeypatch.setattr("dawhisper.fast.int8.ENGINE", "qnnpack")
     with pytest.raises(OptionError, match="x86"):
-        load_model(tmp_path / "model.safetensors", device="cpu", dtype="int8")
+        quantize_linears(pair()[0], Processor(int8=False))
 
 
+@needs_int8
 def test_real_speech_in_int8(base_path: Path, assets: Path) -> None:
     texts = []
-    for dtype in ("fp32", "int8"):
+    for dtype in ("fp32", "int8", "auto"):
         model = load_model(base_path, device="cpu", dtype=dtype)
         texts.append(model.transcribe(str(assets / "speech.opus"), language="en", temperature=0.0).text)
-    fp32, int8 = map(EnglishTextNormalizer(), texts)  # a comma may come and go
-    assert fp32 == int8
+    fp32, int8, auto = map(EnglishTextNormalizer(), texts)  # a comma may come and go
+    assert fp32 == int8 == auto

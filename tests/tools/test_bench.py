@@ -31,7 +31,7 @@ def test_the_folder_of_transformers_holds_the_same_model(variant: str, tmp_path:
     pytest.importorskip("transformers")
     model = Whisper(VARIANTS[variant])
     to_transformers(model, tmp_path)
-    again = dawhisper.load_model(tmp_path, device="cpu")
+    again = dawhisper.load_model(tmp_path, device="cpu", dtype="fp32")
     assert again.dims == model.dims
     assert torch.equal(again.alignment_heads, model.alignment_heads)
     ours, theirs = model.state_dict(), again.state_dict()
@@ -59,7 +59,7 @@ def test_a_dual_model_stays_ours(tmp_path: Path) -> None:
 def test_faster_whisper_hears_what_we_hear(tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
     faster_whisper = pytest.importorskip("faster_whisper")
     pytest.importorskip("transformers")
-    model = dawhisper.load_model(tiny_en_path, device="cpu")
+    model = dawhisper.load_model(tiny_en_path, device="cpu", dtype="fp32")
     to_transformers(model, tmp_path / "transformers")
     to_ctranslate2(tmp_path / "transformers", tmp_path / "ctranslate2")
     theirs = faster_whisper.WhisperModel(str(tmp_path / "ctranslate2"), "cpu", compute_type="float32")
@@ -136,7 +136,7 @@ def test_peak_memory_is_that_of_its_own_process(model: str) -> None:
 def test_the_command_beside_openai_whisper(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_wav(tmp_path / "0.wav", noise(2, seed=0))
     out = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md"}
-    given = ["--model", model, "--device", "cpu", "--threads", "1", "--against", "openai-whisper"]
+    given = ["--model", model, "--device", "cpu", "--threads", "1", "--against", "openai-whisper", "--dtype", "fp32"]
     assert run("bench", file, *given, "--json", out["json"], "--markdown", out["markdown"]) == 0
     assert "| openai-whisper fp32 |" in capsys.readouterr().out
     assert "| openai-whisper fp32 |" in out["markdown"].read_text()
