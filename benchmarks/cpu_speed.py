@@ -2,10 +2,12 @@
 
     python benchmarks/cpu_speed.py MANIFEST --limit 40 base.pt:int8 base.pt:fp32 faster:FOLDER:int8 openai:base.pt:fp32
 
-Each model is MODEL:DTYPE, with the names of `dawhisper evaluate`, and has a process of its own, as it would in use: two
-packages' thread pools in one process halve the speed of the one with the finer work. Every clip goes through all of
-them in turn, the first one changing from clip to clip, so that whatever else the machine does falls on all alike. The
-time is that from samples to text. The last column compares each with the first model, clip by clip.
+Each model is MODEL:DTYPE, with the names of `dawhisper evaluate` (cpp:FILE:fp16 is whisper.cpp, whose FILE is what its
+models/convert-pt-to-ggml.py makes of a .pt; it computes in that file's type whatever is said here), and has a process
+of its own, as it would in use: two packages' thread pools in one process halve the speed of the one with the finer
+work. Every clip goes through all of them in turn, the first one changing from clip to clip, so that whatever else the
+machine does falls on all alike. The time is that from samples to text. The last column compares each with the first
+model, clip by clip.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The recognisers of an evaluation: our own models, and other packages' for comparison.
 
-A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH`, `hf:FOLDER` or `cpp:FILE`; with a label of one's own
-before it where wanted: `mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is not ours is
-imported only when it is asked for.
+A model is named `NAME`, `PATH`, `openai:NAME_OR_PATH`, `faster:NAME_OR_PATH`, `hf:FOLDER` or `cpp:FILE`; with a
+label of one's own before it where wanted: `mine=runs/dual/model.safetensors`. All get the same 16 kHz samples. What is
+not ours is imported only when it is asked for.
 """
 
 from __future__ import annotations

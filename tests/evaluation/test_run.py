@@ -273,8 +273,11 @@ def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(find_spec, lambda name: name)  # as if all were installed
     with pytest.raises(CheckpointError, match="no such folder"):
         check_models([ModelSpec("x", "hf", str(tmp_path / "gone"))])
+    with pytest.raises(CheckpointError, match=r"no such file: .*convert-pt-to-ggml"):
+        check_models([ModelSpec("x", "cpp", str(tmp_path))])
     monkeypatch.setattr(find_spec, lambda name: None)
-    for backend, package in (("openai", "openai-whisper"), ("faster", "faster-whisper"), ("hf", "transformers")):
+    packages = {"openai": "openai-whisper", "faster": "faster-whisper", "hf": "transformers", "cpp": "pywhispercpp"}
+    for backend, package in packages.items():
         with pytest.raises(OptionError, match=f"needs {package}, which is not installed: pip install {package}"):
             check_models([ModelSpec("x", backend, str(tmp_path))])
 
