@@ -80,7 +80,8 @@ class EvaluateOptions:
     models: Sequence[str] = option(
         (OWN_MODEL,),
         "name or path; openai:NAME_OR_PATH, faster:NAME_OR_PATH, hf:FOLDER, cpp:FILE for other packages; "
-        f"LABEL=... to label it; once for each model, the first one is what others are compared with; {OWN_MODEL} by default",
+        "LABEL=... to label it; once for each model, the first one is what others are compared with; "
+        f"{OWN_MODEL} by default",
         name="model",
         append=True,
     )
