@@ -153,7 +153,7 @@ def test_a_process_for_each_device(model: str, tmp_path: Path, capsys: pytest.Ca
     for i in range(4):
         write_wav(tmp_path / f"{i}.wav", noise(1 + i))
     files = [tmp_path / f"{i}.wav" for i in range(4)]
-    given = ["--model", model, "-f", "txt", "--batch_size", 2, *QUICK[:-2]]
+    given = ["--model", model, "-f", "txt", "--batch_size", 2, "--dtype", "fp32", *QUICK[:-2]]
     assert run("transcribe", *files, "none.wav", *given, "-o", tmp_path / "two", "--device", "cpu,cpu") == 1
     captured = capsys.readouterr()
     assert error_lines(captured.err) == ["dawhisper: error: none.wav: no such file; check the name and the folder"]
