@@ -314,25 +314,26 @@ class DecoderBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and y.shape[1] > 1)
         return self.attn.out(merge(out))
 
+    def queries(self, y: Tensor) -> Tensor:
+        """Queries of the cross-attentions, the heads of both branches side by side, [B, h or 2h, n, e]."""
+        each = [attn.split(attn.query(y)) for attn in (self.cross_attn, self.secondary_attn) if attn is not None]
+        return torch.cat(each, dim=1) if len(each) == 2 else each[0]
+
     def cross_attention(self, y: Tensor, memory: CrossMemory, query: bool = False, held: Tensor | None = None) -> Fused:
-        primary, secondary = self.cross_attn, self.secondary_attn
-        q = primary.split(primary.query(y))
+        primary, secondary, h, q = self.cross_attn, self.secondary_attn, self.n_head, self.queries(y)
         if secondary is None:
             return Fused(primary.out(merge(memory.read(q))), None, q if query else None)
-        q = torch.cat([q, secondary.split(secondary.query(y))], dim=1)
         if memory.secondary is None:  # both branches in one call
             read, read2 = memory.read(q).chunk(2, dim=1)
         else:
-            q1, q2 = q.chunk(2, dim=1)
-            read, read2 = attend(q1, memory.key, memory.value), attend(q2, *memory.secondary)
+            read, read2 = attend(q[:, :h], memory.key, memory.value), attend(q[:, h:], *memory.secondary)
         if memory.noise is not None:
-            noise = attend(q[:, self.n_head :], *(x.expand(len(q), -1, -1, -1) for x in memory.noise))
+            noise = attend(q[:, h:], *(x.expand(len(q), -1, -1, -1) for x in memory.noise))
             read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
         p, s = primary.out(merge(read)), secondary.out(merge(read2))
         gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
         share = gate if held is None else torch.where(held.isnan(), gate, held.to(gate.dtype))
-        # a p + (1 - a) s, and exactly p where s equals p
-        return Fused(torch.lerp(s, p, share), gate, q if query else None)
+        return Fused(torch.lerp(s, p, share), gate, q if query else None)  # exactly p where s equals p
 
 
 class TokenEmbedding(nn.Embedding):

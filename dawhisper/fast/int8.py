@@ -22,6 +22,7 @@ from dawhisper.model import (
     AudioEncoder,
     AudioFeatures,
     CrossMemory,
+    DecoderBlock,
     LayerNorm,
     MultiHeadAttention,
     TextDecoder,
@@ -160,18 +161,26 @@ class JointSelfAttention(MultiHeadAttention):
 
 
 class JointCrossAttention(MultiHeadAttention):
-    """A cross-attention whose key and value are one product, of kind `memory`."""
+    """A cross-attention whose key and value are one product, of kind `memory`; its query is the block's."""
 
     def __init__(self, attn: Any, memory: Kind):
         nn.Module.__init__(self)  # without the layers that it replaces
         self.n_head = attn.n_head
         self.joint = memory(*joint(attn.key, attn.value))
-        self.query = Int8Linear(attn.query.weight, attn.query.bias)  # type: ignore[assignment]
         self.out = Int8Linear(attn.out.weight, attn.out.bias)  # type: ignore[assignment]
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.joint(x).chunk(2, dim=-1)
         return self.split(k), self.split(v)
+
+
+class JointQueryBlock(DecoderBlock):
+    """A block in which the queries of both cross-attentions are one product, `query`."""
+
+    query: Int8Linear
+
+    def queries(self, y: Tensor) -> Tensor:
+        return self.query(y).unflatten(-1, (-1, y.shape[-1] // self.n_head)).transpose(1, 2)
 
 
 class Int8TokenEmbedding(TokenEmbedding):
@@ -213,9 +222,11 @@ def quantize_linears(model: Whisper, processor: Processor = PROCESSOR) -> Whispe
     for block in model.decoder.blocks:
         block.attn = JointSelfAttention(block.attn, Int8Linear)
         block.mlp = mlp_of(block.mlp, Int8Linear)
-        block.cross_attn = JointCrossAttention(block.cross_attn, many)
-        if block.secondary_attn is not None:
-            block.secondary_attn = JointCrossAttention(block.secondary_attn, many)
+        branches = [attn for attn in (block.cross_attn, block.secondary_attn) if attn is not None]
+        block.query = Int8Linear(*joint(*(attn.query for attn in branches)))  # type: ignore[union-attr, arg-type]
+        block.cross_attn, *second = (JointCrossAttention(attn, many) for attn in branches)
+        block.secondary_attn = second[0] if second else None  # type: ignore[assignment]
+        block.__class__ = JointQueryBlock
     model.decoder.token_embedding = Int8TokenEmbedding(model.decoder.token_embedding.weight)
     if processor.bf16:
         model.decoder.__class__ = Bf16MemoryDecoder
