@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +20,16 @@ WEIGHTS_VARIABLE = "DAWHISPER_TEST_WEIGHTS"
 def pytest_configure() -> None:
     # The models of the tests are tiny: more threads only wait for each other. Two processes share two cores.
     if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start
+        os.environ["OMP_NUM_THREADS"] = "1"  # of what the tests start
         torch.set_num_threads(1)
     torch.set_num_threads(min(torch.get_num_threads(), 2))
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is made
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what torch and the others consist of is not looked through again in every collection
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from dawhisper.transcribe_files import fallback_temperatures
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random checkpoint in OpenAI's format."""
-    ours, _ = pair()
+    ours, _ = pair(most=20)
     return str(save_openai(ours, tmp_path_factory.mktemp("model") / "random.pt"))
 
 
@@ -128,9 +128,10 @@ def test_an_unwritable_folder_is_said_before_the_work(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
-def test_interrupt_keeps_what_was_transcribed(model: str, tmp_path: Path) -> None:
+def test_interrupt_keeps_what_was_transcribed(tmp_path: Path) -> None:
     long = write_wav(tmp_path / "long.wav", noise(1200))
-    command = [sys.executable, "-m", "dawhisper", "transcribe", str(long), "--model", model, *QUICK, "-f", "json"]
+    model = save_openai(pair()[0], tmp_path / "slow.pt")
+    command = [sys.executable, "-m", "dawhisper", "transcribe", str(long), "--model", str(model), *QUICK, "-f", "json"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(
         [*command, "-o", str(tmp_path / "o")],

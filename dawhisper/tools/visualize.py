@@ -189,7 +189,8 @@ def text_tokens(model: Whisper, features: AudioFeatures, options: VisualizeOptio
     if options.text is None:
         wanted = DecodingOptions(language=options.language, without_timestamps=True)
         [heard] = decode_windows(model, features, wanted)
-        return heard.language, heard.tokens
+        eot = model_tokenizer(model, heard.language, "transcribe").eot
+        return heard.language, [token for token in heard.tokens if token < eot]  # a time stamp is no text
     language = language_code(options.language or "en")
     if options.language is None and model.is_multilingual:
         language = decode_windows(model, features, DecodingOptions(task="lang_id"))[0].language

@@ -3,10 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import tarfile
 import wave
@@ -17,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import two_ranks
 
 from dawhisper.checkpoint import load_model
+from dawhisper.cli import main
 from dawhisper.errors import CheckpointError, DataError, OptionError
 from dawhisper.evaluation import metrics, tables
 from dawhisper.evaluation import run as module
@@ -549,12 +548,6 @@ def test_long_recordings_go_through_transcribe(data: Path, tmp_path: Path) -> No
     assert found is not None and found.scored[0].hypothesis.seconds == pytest.approx(31.0)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def test_two_ranks_give_what_one_process_gives(
     data: Path, tmp_path: Path, results: tuple[tables.Results, Path]
 ) -> None:
@@ -562,17 +555,8 @@ def test_two_ranks_give_what_one_process_gives(
     arguments = ["evaluate", *o.manifests, *(x for m in o.models for x in ("--model", m)), "--noise", *o.noise]
     arguments += ["--kinds", *o.kinds, "--snr", "10", "0", "--out", o.out, "--device", "cpu", "--batch-size", "3"]
     arguments += ["--bootstrap-samples", "200", "--no-plots"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*torchrun, "-m", "dawhisper", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with two_ranks("-m", "dawhisper", *arguments):
+        assert main(arguments) == 0
     assert {p.name for p in tmp_path.glob("*.jsonl")} == {"hypotheses.0.jsonl", "hypotheses.1.jsonl"}
     one, two = (json.loads((folder / "results.json").read_text("utf-8")) for folder in (results[1], tmp_path))
     timed = ("latency", "cost", "rtf")
@@ -663,20 +647,8 @@ def test_gates_in_the_results(results: tuple[tables.Results, Path]) -> None:
 def test_openai_back_end_hears_the_same(tiny_en_path: Path, data: Path, tmp_path: Path) -> None:
     """Noise is where a difference would show: openai-whisper and our code write the same words."""
     models = [str(tiny_en_path), f"openai:{tiny_en_path}"]
-    found = evaluate(options(data, tmp_path, models=models, kinds=["real", "noise-only"], snrs=[0], limit=1))
+    given = {"manifests": [str(data / "set0/manifest.jsonl")], "kinds": ["real", "noise-only"], "snrs": [0], "limit": 1}
+    found = evaluate(options(data, tmp_path, models=models, **given))
     assert found is not None
     texts = [[s.hypothesis.text for s in found.scored if s.hypothesis.model == model] for model in found.models]
     assert texts[0] == texts[1] and any(texts[0])
-
-
-def test_a_missing_package_is_one_line(data: Path) -> None:
-    program = "import sys; sys.modules['jiwer'] = None; from dawhisper.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "evaluate", str(data / "set0"), "--model", "base"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "pip install 'dawhisper[evaluate]'" in done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,10 +34,11 @@ FAST = {"sample_len": 24, "temperature": (0.0, 0.6)}
 SURE = {"logprob_threshold": None, "no_speech_threshold": None, "compression_ratio_threshold": None}
 
 
-def talkative(model: Whisper, eot_bias: float = 0.0) -> Whisper:
+def talkative(model: Whisper, eot_bias: float = 0.0, most: int | None = None) -> Whisper:
     """Make a random model say various things: what comes next depends on the position and the audio.
 
     (With its tied embeddings a plain random model repeats its last token.) `eot_bias` raises <|endoftext|>'s logit.
+    With `most` tokens, the prompt's included, it is sure to end, and also sure of what it says.
     """
     with torch.no_grad():
         model.decoder.positional_embedding.normal_()
@@ -43,6 +46,9 @@ def talkative(model: Whisper, eot_bias: float = 0.0) -> Whisper:
         model.decoder.ln.weight.fill_(20.0)
         eot = model.decoder.token_embedding.weight[50257 - (not model.is_multilingual)]
         model.decoder.ln.bias.copy_(eot_bias * eot / eot.square().sum())
+        if most is not None:
+            model.decoder.positional_embedding[most - 1 :] = 1e3 * eot / eot.norm()
+            model.decoder.ln.weight.fill_(60.0)
         for block in model.decoder.blocks:
             block.cross_attn.out.weight.mul_(10)
     return model
@@ -54,10 +60,19 @@ def save_openai(model: Whisper, path: Path) -> Path:
     return path
 
 
-def pair(dims: ModelDimensions = MULTILINGUAL, eot_bias: float = 0.0) -> tuple[Whisper, whisper.Whisper]:
-    """Our model and openai-whisper's with the same random weights."""
+def pair(
+    dims: ModelDimensions = MULTILINGUAL, eot_bias: float = 0.0, most: int | None = None
+) -> tuple[Whisper, whisper.Whisper]:
+    """Our model and openai-whisper's with the same random weights, `talkative`."""
+    made = deepcopy(_pair(dims, eot_bias, most))
     torch.manual_seed(0)
-    ours = talkative(Whisper(dims).eval(), eot_bias)
+    return made
+
+
+@cache
+def _pair(dims: ModelDimensions, eot_bias: float, most: int | None) -> tuple[Whisper, whisper.Whisper]:
+    torch.manual_seed(0)
+    ours = talkative(Whisper(dims).eval(), eot_bias, most)
     theirs = whisper.Whisper(whisper.ModelDimensions(**asdict(dims)))
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs.eval()

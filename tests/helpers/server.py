@@ -79,11 +79,7 @@ def running(
 def launch(words: list[str]) -> tuple[subprocess.Popen[str], str]:
     """`dawhisper serve` with these words, in a process of its own, and the line that it says once it serves."""
     command = [sys.executable, "-m", "dawhisper", "serve", *words, "--port", "0", "--device", "cpu"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent.parent),
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout
     return process, process.stdout.readline()

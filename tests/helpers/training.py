@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from helpers.noise import torchaudio_loads
+from helpers.ranks import two_ranks
 
 import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN = str(ROOT / "train.py")
 SPEED = () if torchaudio_loads() else ("augment.speed_prob=0",)
 
 
@@ -43,7 +45,7 @@ def arguments(world: dict[str, Path], out: Path, *overrides: str) -> list[str]:
 
 def command(world: dict[str, Path], out: Path, *overrides: str, processes: int = 0) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    return [sys.executable, *launch, str(ROOT / "train.py"), *arguments(world, out, *overrides)]
+    return [sys.executable, *launch, TRAIN, *arguments(world, out, *overrides)]
 
 
 def environment() -> dict[str, str]:
@@ -62,3 +64,9 @@ def curve(out: Path, key: str = "loss") -> list[float]:
 def run(world: dict[str, Path], out: Path, *overrides: str) -> list[float]:
     assert train.main(arguments(world, out, *overrides)) == 0
     return curve(out)
+
+
+def run_in_two(world: dict[str, Path], out: Path, *overrides: str) -> list[float]:
+    """In two processes, of which this one is the first."""
+    with two_ranks(TRAIN, *arguments(world, out, *overrides)):
+        return run(world, out, *overrides)

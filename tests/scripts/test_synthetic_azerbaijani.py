@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.command_line import run_script
 
 from dawhisper.data.loader import read_audio, read_manifest
 
@@ -21,11 +19,6 @@ WORDS = ["ev", "yol", "su", "dağ", "bağ", "çay", "ana", "ata", "dil", "söz",
 def sentences(n: int) -> list[str]:
     rng = random.Random(1)
     return [" ".join(rng.choices(WORDS, k=6)) + "." for _ in range(n)]
-
-
-def run(*arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(SCRIPT.parent.parent)}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
 def test_sentences_and_voices_of_dev_and_test_are_not_in_train() -> None:
@@ -44,23 +37,27 @@ def test_sentences_and_voices_of_dev_and_test_are_not_in_train() -> None:
         assert not (held_out & {twin, f"{twin}."} and texts["train"] & {twin, f"{twin}."})
 
 
-def test_missing_espeak_and_unreadable_text_are_one_line(tmp_path: Path) -> None:
-    result = run(str(tmp_path / "none.txt"), "--out", str(tmp_path), path=str(tmp_path))
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "espeak-ng is not installed" in result.stderr
+def test_a_missing_espeak_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_script(SCRIPT, tmp_path / "none.txt", "--out", tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "espeak-ng is not installed" in said
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
-def test_manifests_of_what_espeak_reads(tmp_path: Path) -> None:
+def test_manifests_of_what_espeak_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join([*sentences(5), "Saat 5-dir."]), "utf-8")
-    result = run(str(text), "--out", str(tmp_path), "--dev", "1", "--test", "2")
-    assert result.returncode == 0, result.stderr
+    assert run_script(SCRIPT, text, "--out", tmp_path, "--dev", 1, "--test", 2) == 0
     splits = {s: read_manifest(tmp_path / f"az_{s}") for s in ("train", "dev", "test")}
     assert [len(splits[s]) for s in ("dev", "test")] == [1, 2] and 0 < len(splits["train"]) <= 4
     assert not any("5" in u.text for utterances in splits.values() for u in utterances if u.text)
     u = splits["test"][0]
     assert (u.language, u.source, u.speaker) == ("az", "espeak-ng az", "espeak-m7")
     assert len(read_audio(u)) == pytest.approx(16000 * u.duration, abs=800)
-    result = run(str(tmp_path / "none.txt"), "--out", str(tmp_path))
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "cannot read" in result.stderr
+    capsys.readouterr()
+    assert run_script(SCRIPT, tmp_path / "none.txt", "--out", tmp_path) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot read" in said

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from helpers.command_line import run_script
 
 from dawhisper.data.loader import read_audio, read_manifest
 
-ROOT = Path(__file__).parent.parent.parent
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "synthetic_english.py"
 FLITE = f"""#!{sys.executable}
 import sys, wave, numpy as np
 text, target = sys.argv[sys.argv.index("-t") + 1], sys.argv[sys.argv.index("-o") + 1]
@@ -26,22 +26,18 @@ with wave.open(target, "wb") as f:
 """
 
 
-def run(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": str(path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "synthetic_english.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_manifest_of_what_is_read(tmp_path: Path) -> None:
+def test_manifest_of_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "flite").write_text(FLITE)
     (tmp_path / "flite").chmod(0o755)
     good = [f"Sentence number {i} has seven words." for i in "abcdefgh"]
     text = tmp_path / "text.txt"
     text.write_text("\n".join([*good, good[0], "", "This one is broken.", "A silent one it is."]), "utf-8")
     out = tmp_path / "tts"
-    result = run(str(text), "--out", str(out), "--processes", "1", path=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "8 of 10 clips" in result.stdout  # an engine that fails and silence are left out
+    assert run_script(SCRIPT, text, "--out", out, "--processes", 1) == 0
+    assert "8 of 10 clips" in capsys.readouterr().out  # an engine that fails and silence are left out
     clips = read_manifest(out)
     assert sorted(str(u.text) for u in clips) == good
     for u in clips:
@@ -51,14 +47,17 @@ def test_manifest_of_what_is_read(tmp_path: Path) -> None:
         assert 0.15 < np.abs(audio.astype(np.float32)).max() / 32768 < 0.95
 
 
-def test_nothing_to_read_with_or_from_is_one_line(tmp_path: Path) -> None:
+def test_nothing_to_read_with_or_from_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     text = tmp_path / "text.txt"
     text.write_text("One.", "utf-8")
-    result = run(str(text), "--out", str(tmp_path / "tts"), path=tmp_path)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "neither flite nor pico2wave is installed" in result.stderr
+    assert run_script(SCRIPT, text, "--out", tmp_path / "tts") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "neither flite nor pico2wave is installed" in said
     (tmp_path / "flite").write_text(FLITE)
     (tmp_path / "flite").chmod(0o755)
-    result = run(str(tmp_path / "none.txt"), "--out", str(tmp_path / "tts"), path=tmp_path)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "none.txt" in result.stderr
+    assert run_script(SCRIPT, tmp_path / "none.txt", "--out", tmp_path / "tts") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "none.txt" in said

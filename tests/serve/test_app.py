@@ -57,14 +57,20 @@ def test_openais_client_works_unmodified(real_server: Running, assets: Path, tin
     assert all(a.start <= a.end <= b.end for a, b in itertools.pairwise(words))
     assert verbose.duration == pytest.approx(len(load_audio(clip)) / 16000, abs=0.01)
 
-    srt = create(model="tiny.en", file=clip, response_format="srt")
-    assert re.match(r"1\n00:00:0\d,\d{3} --> 00:00:\d\d,\d{3}\n", str(srt))
-    assert str(create(model="tiny.en", file=clip, response_format="vtt")).startswith("WEBVTT")
-    assert str(create(model="tiny.en", file=clip, response_format="text")).strip() == plain.text
-
     events = list(create(model="tiny.en", file=clip, stream=True))
     assert [e.type for e in events[-2:]] == ["transcript.text.delta", "transcript.text.done"]
     assert "".join(e.delta for e in events if e.type == "transcript.text.delta").strip() == events[-1].text
+
+
+def test_openais_client_gets_every_format(random_server: Running) -> None:
+    client = openai.OpenAI(base_url=random_server.url + "/v1", api_key="none", max_retries=0)
+    srt, vtt, text, plain = (
+        client.audio.transcriptions.create(model="plain", file=("a.wav", wav(sound(0))), response_format=kind)
+        for kind in ("srt", "vtt", "text", "json")
+    )
+    assert re.match(r"1\n00:00:0\d,\d{3} --> 00:00:\d\d,\d{3}\n", str(srt))
+    assert str(vtt).startswith("WEBVTT")
+    assert plain.text and str(text).strip() == plain.text
 
 
 def test_the_log_probabilities_of_tokens(real_server: Running, assets: Path) -> None:
@@ -110,7 +116,7 @@ def test_translation(random_server: Running) -> None:
 
 @pytest.mark.parametrize("extra", [{"language": "en"}, {}, {"language": "en", "word_timestamps": True}])
 def test_together_is_as_alone(extra: dict[str, object]) -> None:
-    model = pair(eot_bias=6.0)[0]
+    model = pair(most=40)[0]
     clips = [sound(seed, seconds) for seed, seconds in enumerate((0.5, 2.0, 7.0))]
     options = TranscribeOptions.of(temperature=0.0, **SURE, **extra)
     for clip, one in zip(clips, transcribe_together(model, clips, options)):
@@ -126,19 +132,19 @@ def test_together_is_as_alone(extra: dict[str, object]) -> None:
 def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: Path, assets: Path) -> None:
     model = dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32")
     speech = load_audio(assets / "speech.opus")
-    clips = [speech[16000 * i : 16000 * (i + 2)] for i in range(5)]
+    clips = [speech[16000 * i : 16000 * (i + 2)] for i in range(0, 6, 2)]
     once = {"temperature": 0.0, "language": "en", "without_timestamps": True, **SURE}
     expected = [transcribe(model, clip, **once).text for clip in clips]  # type: ignore[union-attr, arg-type]
-    assert len(set(expected)) == 5
+    assert len(set(expected)) == 3
     sizes: list[int] = []
-    engine = Engine({"m": model}, batch_size=3, on_batch=lambda model, waited: sizes.append(len(waited)))
+    engine = Engine({"m": model}, batch_size=2, on_batch=lambda model, waited: sizes.append(len(waited)))
     together = threading.Event()
     try:
         engine.submit(partial(together.wait, 20))  # so that the clips wait together
         futures = [engine.submit(TranscriptionTask("m", clip, TranscribeOptions.of(**once))) for clip in clips]
         together.set()
         assert [f.result(60).text for f in futures] == expected
-        assert sizes == [3, 2]
+        assert sizes == [2, 1]
     finally:
         engine.close()
 
@@ -199,14 +205,14 @@ def surety(answer: httpx.Response) -> float:
 
 
 def test_concurrent_requests_get_their_own_answers(random_server: Running) -> None:
-    files = [("a.wav", wav(sound(seed, 0.5 + seed / 40))) for seed in range(64)]
+    files = [("a.wav", wav(sound(seed, 0.5 + seed / 40))) for seed in range(32)]
     fields = {"response_format": "verbose_json", "language": "en"}
     alone = [surety(post(random_server, file, **fields)) for file in files]
-    with ThreadPoolExecutor(64) as pool:
+    with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda file: post(random_server, file, **fields), files))
-    assert [a.status_code for a in answers] == [200] * 64
-    assert [a.json()["duration"] for a in answers] == pytest.approx([0.5 + i / 40 for i in range(64)], abs=0.01)
-    assert len({round(value, 4) for value in alone}) > 32
+    assert [a.status_code for a in answers] == [200] * 32
+    assert [a.json()["duration"] for a in answers] == pytest.approx([0.5 + i / 40 for i in range(32)], abs=0.01)
+    assert len({round(value, 4) for value in alone}) > 16
     assert [surety(a) for a in answers] == pytest.approx(alone, abs=2e-5)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_line import run
-from helpers.models import DUALS, MULTILINGUAL, VARIANTS, pair, save_openai
+from helpers.models import DUALS, VARIANTS, pair, save_openai
 from helpers.sound import noise, write_wav
 
 import dawhisper
@@ -120,27 +121,30 @@ def test_bytes_of_a_step() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    ours, _ = pair(replace(MULTILINGUAL, n_text_ctx=128))  # it never ends before its context is full
+    ours, _ = pair(most=40)
     return str(save_openai(ours, tmp_path_factory.mktemp("model") / "random.pt"))
 
 
-def test_peak_memory_is_that_of_its_own_process(model: str) -> None:
-    held = np.ones(1 << 29, np.uint8)  # half a GiB here must not count there
-    options = BenchOptions(model=model, device="cpu", threads=1)
-    with_it = peak_memory(Contestant("dawhisper", "fp32"), options, noise(2))
-    assert len(held) == 1 << 29
-    del held
-    assert with_it == pytest.approx(peak_memory(Contestant("dawhisper", "fp32"), options, noise(2)), abs=0.25)
-
-
-def test_the_command_beside_openai_whisper(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_wav(tmp_path / "0.wav", noise(2, seed=0))
-    out = {"json": tmp_path / "b.json", "markdown": tmp_path / "b.md"}
+@pytest.fixture(scope="module")
+def report(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `bench` writes, of two seconds beside openai-whisper."""
+    folder = tmp_path_factory.mktemp("report")
+    file = write_wav(folder / "0.wav", noise(2))
     given = ["--model", model, "--device", "cpu", "--threads", "1", "--against", "openai-whisper", "--dtype", "fp32"]
-    assert run("bench", file, *given, "--json", out["json"], "--markdown", out["markdown"]) == 0
-    assert "| openai-whisper fp32 |" in capsys.readouterr().out
-    assert "| openai-whisper fp32 |" in out["markdown"].read_text()
-    report = json.loads(out["json"].read_text())
+    with redirect_stdout(io.StringIO()) as shown:
+        assert run("bench", file, *given, "--json", folder / "b.json", "--markdown", folder / "b.md") == 0
+    assert all("| openai-whisper fp32 |" in text for text in (shown.getvalue(), (folder / "b.md").read_text()))
+    return json.loads((folder / "b.json").read_text())
+
+
+def test_peak_memory_is_that_of_its_own_process(model: str, report: dict[str, Any]) -> None:
+    held = np.ones(1 << 29, np.uint8)  # half a GiB here must not count there
+    with_it = peak_memory(Contestant("dawhisper", "fp32"), BenchOptions(model=model, device="cpu", threads=1), noise(2))
+    assert len(held) == 1 << 29
+    assert with_it == pytest.approx(report["sections"]["recordings"]["contestants"][0]["peak_gib"], abs=0.25)
+
+
+def test_the_command_beside_openai_whisper(report: dict[str, Any]) -> None:
     ours, theirs = report["sections"]["recordings"]["contestants"]
     assert ours["texts"] == theirs["texts"]
     assert all(ours["texts"])

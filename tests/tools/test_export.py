@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dawhisper.errors import CheckpointError
 from dawhisper.formats.onnx import load_onnx
 from dawhisper.kv_cache import KVCache
 from dawhisper.model import Whisper
-from dawhisper.tools.export import DecoderGraph, EncoderGraph, check, export
+from dawhisper.tools.export import DecoderGraph, EncoderGraph, export
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -29,9 +30,16 @@ def dual() -> Whisper:
 
 
 @pytest.fixture(scope="module")
-def exported(dual: Whisper, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(dual: Whisper, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dual") / "dual.safetensors"
+    save_model(dual, path, dtype="fp32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fp32")
-    export(dual, folder)
+    assert run("export", "--model", stored, "--out", folder) == 0
     return folder
 
 
@@ -62,9 +70,9 @@ def test_decoding_gives_the_same_tokens(dual: Whisper, exported: Path, options: 
     assert ours[0][0] != ours[1][0]
 
 
-@pytest.mark.parametrize("dual_options", [None, DUALS["plain"]])
-def test_other_models(dual_options: DualOptions | None, tmp_path: Path) -> None:
-    model = trained(dual_options) if dual_options else Whisper(MULTILINGUAL).eval()
+def test_a_branch_without_extras(tmp_path: Path) -> None:
+    """(A model of one branch is exported and run by what docs/transcribe.md says.)"""
+    model = trained(DUALS["plain"], replace(MULTILINGUAL, n_audio_layer=1, n_text_layer=1))
     export(model, tmp_path)
     onnx = load_onnx(tmp_path)
     mel, tokens = torch.randn(1, 80, 200), torch.tensor([[50258, 50259, 50359]])
@@ -102,24 +110,18 @@ def test_torch_programs(dual: Whisper, tmp_path: Path) -> None:
             assert torch.allclose(given, wanted, atol=1e-3)
 
 
-def test_the_command_and_a_model_of_the_others(
-    dual: Whisper, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_of_the_other_commands(
+    stored: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_model(dual, tmp_path / "dual.safetensors", dtype="fp32")
     clip = write_wav(tmp_path / "clip.wav", noise(3))
-    out = tmp_path / "onnx"
-    assert run("export", "--model", tmp_path / "dual.safetensors", "--out", out, "--check", clip) == 0
-    assert "on 1 of 1 recordings" in capsys.readouterr().out
-    for model, folder in ((tmp_path / "dual.safetensors", "a"), (out, "b")):
-        assert (
-            run("transcribe", clip, "--model", model, "--dtype", "fp32", "-o", tmp_path / folder, "-f", "json", *QUICK)
-            == 0
-        )
+    for model, folder in ((stored, "a"), (exported, "b")):
+        given = ["--dtype", "fp32", "-o", tmp_path / folder, "-f", "json", *QUICK]
+        assert run("transcribe", clip, "--model", model, *given) == 0
     ours, theirs = (json.loads((tmp_path / folder / "clip.json").read_text()) for folder in ("a", "b"))
     assert ours["text"] == theirs["text"]
     assert [s["tokens"] for s in ours["segments"]] == [s["tokens"] for s in theirs["segments"]]
     words = ["--word_timestamps", "True"]
-    assert run("transcribe", clip, "--model", out, "-o", tmp_path, *QUICK, *words) == 1
+    assert run("transcribe", clip, "--model", exported, "-o", tmp_path, *QUICK, *words) == 1
     assert "word times" in capsys.readouterr().err
 
 
@@ -138,9 +140,10 @@ def test_bad_input_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--format onnx" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])  # int8 rounds: words may change
-def test_real_clips(dtype: str, tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
-    model = load_model(tiny_en_path, device="cpu", dtype="fp32", dual=DualOptions())
-    export(model, tmp_path, dtype=dtype)
-    clips = [str(assets / name) for name in ("speech.opus", "speech_noisy.opus")]
-    assert check(model, load_onnx(tmp_path), clips) == "same tokens as PyTorch in fp32 on 2 of 2 recordings"
+def test_real_clips(tiny_en_path: Path, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In fp16, the hardest in which no word may change."""
+    model = tmp_path / "dual.safetensors"
+    save_model(load_model(tiny_en_path, device="cpu", dtype="fp32", dual=DualOptions()), model)
+    clips = [assets / name for name in ("speech.opus", "speech_noisy.opus")]
+    assert run("export", "--model", model, "--out", tmp_path / "o", "--dtype", "fp16", "--check", *clips) == 0
+    assert "same tokens as PyTorch in fp32 on 2 of 2 recordings" in capsys.readouterr().out

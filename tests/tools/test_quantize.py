@@ -21,7 +21,7 @@ from dawhisper.tools.quantize import layer_errors, origin
 
 @pytest.fixture(scope="module")
 def dual() -> Whisper:
-    return talkative(trained(DUALS["full"]), eot_bias=8.0)
+    return talkative(trained(DUALS["full"]), most=20)
 
 
 @pytest.fixture(scope="module")
