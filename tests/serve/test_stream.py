@@ -118,7 +118,7 @@ def test_a_pause_in_noise_ends_a_turn(tiny_en: dawhisper.Whisper, assets: Path) 
     assert any(turns[-3:])
 
 
-def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_minutes_take_no_more_memory_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alternately speech-like sound, which is decoded, and silence, which is not."""
     monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
     model = talkative(trained(dawhisper.DualOptions()), eot_bias=30.0)
@@ -127,13 +127,13 @@ def test_an_hour_takes_no_more_memory_than_minutes(monkeypatch: pytest.MonkeyPat
     piece *= np.sin(np.arange(len(piece)) / 8000)
     piece[16000 * 6 :] = 0.0
     sizes, words, turns = [], 0, 0
-    for _ in range(30):
+    for _ in range(10):
         update = stream.feed(piece)
         words, turns = words + len(update.words), turns + update.end_of_turn
         sizes.append(len(pickle.dumps({k: v for k, v in vars(stream).items() if k != "model"})))
-    assert stream.now == 3600.0
-    assert words > 100
-    assert turns == 30
+    assert stream.now == 1200.0
+    assert words > 30
+    assert turns == 10
     assert max(sizes) <= 1.2 * max(sizes[:3])
 
 
