@@ -23,7 +23,7 @@ from dawhisper.writers import WRITERS
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    ours, _ = pair(most=20)
+    ours, _ = pair(most=40)
     return str(save_openai(ours, tmp_path_factory.mktemp("model") / "random.pt"))
 
 
