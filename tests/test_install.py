@@ -74,7 +74,7 @@ model, clip, clips, out = sys.argv[1:]
 manifest, few = str(Path(clips) / "manifest.jsonl"), ["--model", model, "--device", "cpu"]
 short = ["--limit", "1", "--bootstrap-samples", "10", "--model", f"hf:{out}/transformers"]
 Path(out, "transformers").mkdir(parents=True)
-to_transformers(load_model(model, device="cpu"), Path(out, "transformers"))
+to_transformers(load_model(model, device="cpu", dtype="fp32"), Path(out, "transformers"))
 for words in (
     ["transcribe", clip, "--model", model, *QUICK, "-o", out + "/text"],
     ["prepare", manifest, "--out", out + "/prepared", "--language", "en", "--split", "1", "0", "0"],

@@ -143,7 +143,7 @@ def test_bad_input_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.Ca
 def test_real_clips(tiny_en_path: Path, assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In fp16, the hardest in which no word may change."""
     model = tmp_path / "dual.safetensors"
-    save_model(load_model(tiny_en_path, device="cpu", dtype="fp32", dual=DualOptions()), model)
+    save_model(load_model(tiny_en_path, device="cpu", dtype="fp32", dual=DualOptions()), model, dtype="fp32")
     clips = [assets / name for name in ("speech.opus", "speech_noisy.opus")]
     assert run("export", "--model", model, "--out", tmp_path / "o", "--dtype", "fp16", "--check", *clips) == 0
     assert "same tokens as PyTorch in fp32 on 2 of 2 recordings" in capsys.readouterr().out
