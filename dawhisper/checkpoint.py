@@ -69,9 +69,10 @@ def load_model(
         weights), a dawhisper .safetensors file, or a folder of ONNX graphs that `dawhisper export` made, which run on
         onnxruntime on the CPU
     device: None = cuda if there is one, else mps, else cpu
-    dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights. "int8", for x86 CPUs, is the fastest there and for
-        inference alone: token steps in int8, the encoder in bf16 where the processor has AMX, in int8 otherwise. None
-        and "auto" = fp16 on cuda, int8 on a CPU with 8-bit dot products (AVX-512 VNNI), fp32 elsewhere
+    dtype: "fp32", "fp16", "bf16" or a torch dtype of the weights; None = fp16 on cuda, fp32 elsewhere. "int8", for x86
+        CPUs, is the fastest there and for inference alone: token steps in int8, the encoder in bf16 where the processor
+        has AMX, in int8 otherwise. "auto", as the commands have it: int8 on a CPU with 8-bit dot products (AVX-512
+        VNNI), else as None
     download_root: folder for downloads; None = openai-whisper's cache, ~/.cache/whisper
     dual: give a stock model a second branch with these options (with init="copy" it computes the same as before)
 

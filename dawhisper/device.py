@@ -79,14 +79,15 @@ def choose_devices(devices: str | None, local: int | None = None) -> list[str]:
 def choose_dtype(
     dtype: str | torch.dtype | None, device: torch.device, processor: Processor = PROCESSOR
 ) -> torch.dtype:
-    """The type of a name; of None and "auto" the fastest that costs no word errors.
+    """The type of a name. None is fp16 on cuda and fp32 elsewhere: a model that can be trained and saved.
 
-    That is fp16 on cuda, int8 (fast/int8.py) on a CPU with 8-bit dot products, and fp32 elsewhere.
+    "auto" is for inference alone: int8 (fast/int8.py) too, on a CPU with 8-bit dot products.
     """
     if dtype in (None, "auto"):
         if device.type == "cuda":
             return torch.float16
-        return torch.int8 if device.type == "cpu" and processor.int8 and processor.vnni else torch.float32
+        fast = dtype == "auto" and device.type == "cpu" and processor.int8 and processor.vnni
+        return torch.int8 if fast else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
         raise OptionError(f"unknown dtype {dtype!r}; use auto, fp32, fp16, bf16, or int8 on a CPU")

@@ -164,7 +164,7 @@ class FilesWork:
         files = self.files
         if files.threads or self.processes > 1:
             torch.set_num_threads(files.threads or max(1, torch.get_num_threads() // self.processes))
-        model = load_model(files.model, device, files.dtype or (None if files.fp16 else "fp32"), files.model_dir)
+        model = load_model(files.model, device, files.dtype or ("auto" if files.fp16 else "fp32"), files.model_dir)
         model.decoder.int8_memory = files.int8_memory  # type: ignore[assignment]
         return model
 

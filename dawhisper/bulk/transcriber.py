@@ -45,7 +45,7 @@ class Transcriber:
         self,
         model: str = OWN_MODEL,
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: str | None = "auto",
         batch_size: int | None = 16,
         **options: Any,
     ):

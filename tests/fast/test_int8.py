@@ -27,8 +27,9 @@ PROCESSORS = {
 def test_the_type_is_chosen_by_what_the_processor_multiplies_fast() -> None:
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     arm, old, vnni = Processor(int8=False), Processor(int8=True), Processor(int8=True, vnni=True)
+    assert [choose_dtype("auto", cpu, p) for p in (arm, old, vnni)] == [torch.float32, torch.float32, torch.int8]
+    assert choose_dtype(None, cpu, vnni) == torch.float32  # what load_model gives can be trained and saved
     for given in (None, "auto"):
-        assert [choose_dtype(given, cpu, p) for p in (arm, old, vnni)] == [torch.float32, torch.float32, torch.int8]
         assert [choose_dtype(given, other, vnni) for other in (cuda, mps)] == [torch.float16, torch.float32]
     assert choose_dtype("fp32", cpu, vnni) == choose_dtype(torch.float32, cpu, vnni) == torch.float32
     assert choose_dtype("int8", cpu, old) == torch.int8
