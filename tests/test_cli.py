@@ -204,4 +204,4 @@ def test_the_dtype_that_is_asked_for(model: str, clip: Path, tmp_path: Path, mon
     monkeypatch.setattr("dawhisper.transcribe_files.load_model", load)
     for args in ([], ["--fp16", "False"], ["--dtype", "bf16"], ["--dtype", "int8", "--fp16", "False"]):
         assert run("transcribe", clip, "--model", model, "-o", tmp_path / "o", "-f", "txt", *QUICK, *args) == 0
-    assert asked == [None, "fp32", "bf16", "int8"]
+    assert asked == ["auto", "fp32", "bf16", "int8"]
