@@ -107,7 +107,6 @@ class Recorder(Protocol):
     """What is given the cross-attentions of a forward pass, layer by layer (trace.py)."""
 
     attention: bool  # whether it wants queries
-    features: AudioFeatures | None
 
     def record(self, layer: int, fused: Fused, memory: CrossMemory, rows: Sequence[int]) -> None: ...
 
@@ -473,10 +472,7 @@ class Whisper(nn.Module):
 
     def forward(self, mel: Tensor, tokens: Tensor, trace: Recorder | None = None) -> Tensor:
         """mel [B, n_mels, 2T], tokens [B, n] -> logits [B, n, V]; `trace` records the cross-attentions."""
-        features = self.encoder(mel)
-        if trace is not None:
-            trace.features = features
-        return self.decoder(tokens, features, trace=trace)
+        return self.decoder(tokens, self.encoder(mel), trace=trace)
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .model import AudioFeatures, CrossMemory, Fused
+from .model import CrossMemory, Fused
 
 
 @dataclass
@@ -26,7 +26,6 @@ class Trace:
     gate: dict[int, Tensor] = field(default_factory=dict)
     primary: dict[int, Tensor] = field(default_factory=dict)
     secondary: dict[int, Tensor] = field(default_factory=dict)
-    features: AudioFeatures | None = None
 
     def record(self, layer: int, fused: Fused, memory: CrossMemory, rows: Sequence[int]) -> None:
         """What a layer's cross-attentions gave; rows: [R, n]."""

@@ -148,7 +148,7 @@ def test_trace_records_what_was_attended_to() -> None:
     assert set(trace.primary) == set(trace.secondary) == set(trace.gate) == set(trace.output) == {1}
     assert trace.primary[1].shape == trace.secondary[1].shape == (2, 2, 7, 1500)
     # the output can be made again from the scores and the gate
-    block, features = model.decoder.blocks[1], trace.features
+    block, features = model.decoder.blocks[1], model.encoder(mel)
     read = []
     for attention, scores, audio in (
         (block.cross_attn, trace.primary[1], features.primary),
