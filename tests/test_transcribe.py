@@ -94,13 +94,18 @@ def test_english_only_model() -> None:
 
 
 def test_real_speech(base_path: Path, assets: Path) -> None:
-    """base on more than a window: the asset clip again and again, with word times."""
+    """base on more than a window, with word times, and on a clip with beams.
+
+    A clip again and again would do for both packages, but its text looks like a loop, and is decoded at every
+    temperature.
+    """
     ours, theirs = (
         dawhisper.load_model(base_path, device="cpu", dtype="fp32"),
         whisper.load_model(str(base_path), device="cpu"),
     )
-    clip = dawhisper.load_audio(assets / "speech.opus")
-    audio = np.concatenate([clip, np.zeros(16000, np.float32)] * (1 + 32 * 16000 // len(clip)))
+    clip, *others = (dawhisper.load_audio(assets / f"speech{name}.opus") for name in ("", "_quiet", "_noisy"))
+    pause = np.zeros(9 * 16000, np.float32)
+    audio = np.concatenate([clip, pause, others[0], pause, others[1], clip])
     result = assert_same(ours, theirs, audio, word_timestamps=True, language="en")
     assert sum(len(s["words"]) for s in result["segments"]) > 40
     assert_same(ours, theirs, clip, beam_size=5, best_of=5)
