@@ -251,7 +251,7 @@ def test_real_speech_loses_no_words(base_path: Path, assets: Path) -> None:
     pytest.importorskip("jiwer")
     from dawhisper.evaluation.metrics import count_words, normalizer
 
-    model = dawhisper.load_model(base_path, device="cpu", dtype="fp32")
+    model = dawhisper.load_model(base_path, device="cpu")
     clip = load_audio(assets / "speech.opus")
     parts: list[np.ndarray] = []
     while sum(map(len, parts)) < 45 * 16000:

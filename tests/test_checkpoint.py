@@ -73,7 +73,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
 def test_openai_file_computes_what_whisper_does(name: str, tmp_path: Path) -> None:
     dims = dataclasses.replace(VARIANTS[name], n_audio_ctx=100)
     path = save_openai(random_model(dims), tmp_path / "some.pt")
-    theirs, ours = whisper.load_model(str(path), device="cpu").eval(), load_model(path, device="cpu", dtype="fp32")
+    theirs, ours = whisper.load_model(str(path), device="cpu").eval(), load_model(path, device="cpu")
     assert not ours.training and ours.dtype == torch.float32 and ours.dual is None
     assert torch.equal(ours.alignment_heads, theirs.alignment_heads.to_dense())
     mel, tokens = inputs(dims)
@@ -82,7 +82,7 @@ def test_openai_file_computes_what_whisper_does(name: str, tmp_path: Path) -> No
 
 
 def test_every_weight_is_loaded_and_none_is_left_empty(openai_file: Path) -> None:
-    model, expected = load_model(openai_file, device="cpu", dtype="fp32"), random_model()
+    model, expected = load_model(openai_file, device="cpu"), random_model()
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert all(p.requires_grad for p in model.parameters())
     for (name, got), want in zip(model.state_dict().items(), expected.state_dict().values()):
@@ -109,7 +109,7 @@ def test_unknown_device(openai_file: Path) -> None:
 
 
 def test_second_branch_on_a_stock_model_computes_the_same(openai_file: Path) -> None:
-    dual = load_model(openai_file, device="cpu", dtype="fp32", dual=DUAL)
+    dual = load_model(openai_file, device="cpu", dual=DUAL)
     assert dual.dual == DUAL
     torch.testing.assert_close(logits(dual), logits(random_model()), atol=1e-4, rtol=0)
 
@@ -186,9 +186,9 @@ def test_hugging_face_folder(layout: str, tmp_path: Path) -> None:
             load_model(save_hf(model, tmp_path / "hf", layout), device="cpu")
         one_line(error, "alignment head (1, 0)")
         (tmp_path / "hf" / "generation_config.json").unlink()
-        loaded = load_model(tmp_path / "hf", device="cpu", dtype="fp32")
+        loaded = load_model(tmp_path / "hf", device="cpu")
     else:
-        loaded = load_model(save_hf(model, tmp_path / "hf", layout), device="cpu", dtype="fp32")
+        loaded = load_model(save_hf(model, tmp_path / "hf", layout), device="cpu")
         assert loaded.alignment_heads.tolist() == [[False, True], [True, False]]
     assert torch.equal(logits(loaded), logits(model))
 
@@ -256,7 +256,7 @@ def test_added_tokens_are_left_out(told_by: str, added: int, tmp_path: Path) -> 
         forced = [[1, 50259], [2, 50359], [3, 50363]]
         (folder / "config.json").write_text(json.dumps({**config, "forced_decoder_ids": forced}))
     with pytest.warns(UserWarning, match=f"{added} tokens that are not Whisper's are left out"):
-        loaded = load_model(folder, device="cpu", dtype="fp32")
+        loaded = load_model(folder, device="cpu")
     assert loaded.dims == DIMS and loaded.num_languages == 99
     assert torch.equal(logits(loaded), logits(model))
 
@@ -299,7 +299,7 @@ def test_weights_of_any_type_and_output(dtype: torch.dtype, output: str, tmp_pat
     if output == "alone":
         del tensors["model.decoder.embed_tokens.weight"]
     save_file(tensors, folder / "model.safetensors")
-    assert torch.equal(logits(load_model(folder, device="cpu", dtype="fp32")), logits(model))
+    assert torch.equal(logits(load_model(folder, device="cpu")), logits(model))
 
 
 def lora(model: Whisper, folder: Path, base: str, **config: object) -> tuple[Path, Whisper]:
@@ -340,7 +340,7 @@ def test_an_adapter_is_merged_into_its_model(place: str, tmp_path: Path, monkeyp
         save_hf(model, snapshots / "0123abc", "safetensors")
     for use_rslora in (False, True):
         folder, want = lora(model, tmp_path / f"adapter{use_rslora}", base, use_rslora=use_rslora)
-        got = load_model(folder, device="cpu", dtype="fp32")
+        got = load_model(folder, device="cpu")
         assert not torch.equal(logits(want), logits(model))
         torch.testing.assert_close(logits(got), logits(want), atol=1e-4, rtol=0)
 
@@ -398,7 +398,7 @@ def test_folders_of_others_are_named(tmp_path: Path) -> None:
         (trainer / f"checkpoint-{step}").mkdir(parents=True)
     fails(trainer, "Trainer", "checkpoint-1000,")
     save_hf(random_model(), trainer / "checkpoint-2000", "safetensors")
-    load_model(trainer / "checkpoint-2000", device="cpu", dtype="fp32")
+    load_model(trainer / "checkpoint-2000", device="cpu")
 
 
 # ---- dawhisper files
@@ -410,7 +410,7 @@ def test_fp32_file_is_exact(dual: DualOptions | None, tmp_path: Path) -> None:
     model.variable_audio_ctx = model.knows_silence = True
     model.alignment_heads = torch.tensor([[True, False], [False, True]])
     save_model(model, tmp_path / "new" / "m.safetensors", dtype="fp32", base_model="tiny", recipe={"lr": 1e-4})
-    loaded = load_model(tmp_path / "new" / "m.safetensors", device="cpu", dtype="fp32")
+    loaded = load_model(tmp_path / "new" / "m.safetensors", device="cpu")
     assert loaded.dual == dual and loaded.dims == model.dims and loaded.variable_audio_ctx
     assert loaded.knows_silence
     assert torch.equal(loaded.alignment_heads, model.alignment_heads)
@@ -434,7 +434,7 @@ def test_loss_of_int8(tmp_path: Path) -> None:
     model = random_model(dual=DUAL)
     save_model(model, tmp_path / "m.safetensors", dtype="int8")
     assert (tmp_path / "m.safetensors").stat().st_size < 1.15 * sum(p.numel() for p in model.state_dict().values())
-    loaded = load_model(tmp_path / "m.safetensors", device="cpu", dtype="fp32")
+    loaded = load_model(tmp_path / "m.safetensors", device="cpu")
     quantized = [name for name in load_file(tmp_path / "m.safetensors") if name.endswith(":scale")]
     assert "decoder.token_embedding.weight:scale" in quantized and "encoder.conv1.weight:scale" in quantized
     for (name, got), want in zip(loaded.state_dict().items(), model.state_dict().values()):
@@ -482,7 +482,7 @@ def test_unwritable_target(tmp_path: Path) -> None:
 
 def test_second_branch_twice_is_refused(tmp_path: Path) -> None:
     save_model(random_model(dual=DUAL), tmp_path / "m.safetensors")
-    assert load_model(tmp_path / "m.safetensors", device="cpu", dtype="fp32", dual=DUAL).dual == DUAL
+    assert load_model(tmp_path / "m.safetensors", device="cpu", dual=DUAL).dual == DUAL
     with pytest.raises(CheckpointError) as error:
         load_model(tmp_path / "m.safetensors", device="cpu", dual=DualOptions())
     one_line(error, "second branch already")
@@ -601,7 +601,7 @@ def test_names_are_its_own_and_openais() -> None:
 
 
 def test_without_a_name_the_model_of_the_package() -> None:
-    model = load_model(device="cpu", dtype="fp32")
+    model = load_model(device="cpu")
     assert model.dual is not None and model.dual.memory_layers == 6 and model.variable_audio_ctx
     assert model.knows_silence
     openais = Whisper(model.dims)
@@ -651,16 +651,16 @@ def table(monkeypatch: pytest.MonkeyPatch, openai_file: Path, tmp_path: Path) ->
 
 def test_download_once_and_check(table: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = load_model("mini", device="cpu", dtype="fp32")
+    model = load_model("mini", device="cpu")
     assert model.alignment_heads.tolist() == [[False, True], [True, False]]
     cached = tmp_path / "cache" / "whisper" / "mini.pt"
     assert [p.name for p in cached.parent.iterdir()] == ["mini.pt"]
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "_fetch", lambda *_: pytest.fail("downloaded twice"))
-        load_model("mini", device="cpu", dtype="fp32")
+        load_model("mini", device="cpu")
     cached.write_bytes(b"damaged")
     with pytest.warns(UserWarning, match="downloaded again"):
-        load_model("mini", device="cpu", dtype="fp32")
+        load_model("mini", device="cpu")
     assert cached.stat().st_size > 1000
 
 
@@ -688,7 +688,7 @@ def test_offline_says_how_to_name_a_local_file(table: dict[str, str], tmp_path: 
 def test_real_weights(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Exactly Whisper's logits; fp16 files change nothing; int8 moves log-probabilities by less than 0.1 on average."""
     path: Path = request.getfixturevalue(fixture)
-    theirs, ours = whisper.load_model(str(path), device="cpu").eval(), load_model(path, device="cpu", dtype="fp32")
+    theirs, ours = whisper.load_model(str(path), device="cpu").eval(), load_model(path, device="cpu")
     mel = whisper.log_mel_spectrogram(torch.randn(16000 * 5, generator=torch.Generator().manual_seed(0)), padding=16000)
     tokens = torch.randint(0, 50000, (1, 8), generator=torch.Generator().manual_seed(1))
     mel = whisper.pad_or_trim(mel, 3000)[None]
@@ -700,7 +700,7 @@ def test_real_weights(fixture: str, request: pytest.FixtureRequest, tmp_path: Pa
             load_model(tmp_path / "half.safetensors", device="cpu", dtype="fp32")(mel, tokens), ours(mel, tokens)
         )
         save_model(ours, tmp_path / "int8.safetensors", dtype="int8")
-        got = load_model(tmp_path / "int8.safetensors", device="cpu", dtype="fp32")(mel, tokens)
+        got = load_model(tmp_path / "int8.safetensors", device="cpu")(mel, tokens)
         change = (got.log_softmax(-1) - want.log_softmax(-1)).abs()
         assert (change * want.softmax(-1)).sum(-1).mean() < 0.1
     assert (tmp_path / "int8.safetensors").stat().st_size < 0.54 * path.stat().st_size

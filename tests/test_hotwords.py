@@ -106,7 +106,7 @@ def test_strength_is_no_negative_number() -> None:
 
 def test_a_term_that_was_missed_is_heard(base_path: Path, assets: Path) -> None:
     """Stock `base` hears "are made" in the noise; "were made", which was read, is its second thought."""
-    model = load_model(str(base_path), dtype="fp32")
+    model = load_model(str(base_path))
     features = model.encode(mel_batch(model, [load_audio(assets / "speech_noisy.opus")]))
     options = DecodingOptions(language="en", without_timestamps=True, beam_size=5)
     (plain,) = decode(model, features, options)

@@ -127,7 +127,7 @@ def test_a_late_sound_track_has_its_text_at_the_videos_time(tiny_en_path: Path, 
 
     speech = dawhisper.load_audio(assets / "speech.opus")[None]
     path = write_recording(tmp_path / "late.mp4", Recipe("aac", 16000, start=5.0, video=True), speech)
-    model = dawhisper.load_model(tiny_en_path, device="cpu", dtype="fp32")
+    model = dawhisper.load_model(tiny_en_path, device="cpu")
     plain = model.transcribe(speech[0])
     for batch_size in (None, 2):
         late = model.transcribe(path, batch_size=batch_size)
@@ -178,7 +178,7 @@ def test_the_language_is_read_within_the_clips(model: Whisper, assets: Path, mon
 def test_spanish_after_silence(options: dict[str, Any], base_path: Path) -> None:
     spanish = dawhisper.load_audio(ROOT / "clips" / "spanish.opus")
     audio = np.concatenate([np.zeros(35 * 16000, np.float32), spanish])
-    result = dawhisper.load_model(base_path, device="cpu", dtype="fp32").transcribe(audio, **options)
+    result = dawhisper.load_model(base_path, device="cpu").transcribe(audio, **options)
     assert result.language == "es" and "Buenos d" in result.text and "niños" in result.text
     assert min(start for start, _ in spans(result)) > 34
 
@@ -187,7 +187,7 @@ def test_spanish_after_silence(options: dict[str, Any], base_path: Path) -> None
 def test_people_who_switch(batch_size: int | None, base_path: Path, assets: Path) -> None:
     english, spanish = (dawhisper.load_audio(p) for p in (assets / "speech.opus", ROOT / "clips" / "spanish.opus"))
     gap = np.zeros(max(30 * 16000 - len(english), 0), np.float32)
-    model = dawhisper.load_model(base_path, device="cpu", dtype="fp32")
+    model = dawhisper.load_model(base_path, device="cpu")
     result = model.transcribe(np.concatenate([english, gap, spanish]), multilingual=True, batch_size=batch_size)
     assert result.language == "en" and "Buenos d" in result.text
     with pytest.raises(OptionError, match="multilingual"):

@@ -50,7 +50,7 @@ def test_a_run_learns_evaluates_and_saves(world: dict[str, Path], tmp_path: Path
     assert {"rate/new", "rate/old", "rate/new_no_decay", "rate/old_no_decay"} <= set(first)
     assert [line["step"] for line in records(tmp_path, "wer/noisy")] == [0, 15, 30]
     for name in ("best.safetensors", "last.safetensors"):
-        assert load_model(tmp_path / name, device="cpu", dtype="fp32").dual is not None
+        assert load_model(tmp_path / name, device="cpu").dual is not None
         assert read_config(tmp_path / name)["recipe"]["recipe"]["loop"]["steps"] == 30
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert not list(tmp_path.glob("*.part"))
@@ -88,7 +88,7 @@ def test_sharding_equals_one_process(world: dict[str, Path], tmp_path: Path) -> 
     one = run(world, tmp_path / "one", *overrides, "data.batch_size=4")
     assert two == pytest.approx(one, rel=1e-4)
     a, b, start = (
-        load_model(path, device="cpu", dtype="fp32").encoder.blocks[0].mlp[0].weight
+        load_model(path, device="cpu").encoder.blocks[0].mlp[0].weight
         for path in (tmp_path / "one/last.safetensors", tmp_path / "two/last.safetensors", world["model"])
     )
     assert (a - b).norm() < 0.05 * (a - start).norm()
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     poison(monkeypatch, range(1, 2))
     run(world, tmp_path / "a", "loop.steps=3")
     assert [line["skipped"] for line in records(tmp_path / "a", "skipped")] == [0, 1, 1]
-    model = load_model(tmp_path / "a/last.safetensors", device="cpu", dtype="fp32")
+    model = load_model(tmp_path / "a/last.safetensors", device="cpu")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -224,7 +224,7 @@ def test_many_such_steps_end_the_run(
 def test_freezing_changes_only_the_rest(world: dict[str, Path], tmp_path: Path, frozen: list[str]) -> None:
     run(world, tmp_path, "loop.steps=2", f"freeze=[{', '.join(frozen)}]")
     state = torch.load(tmp_path / "checkpoint-0000002.pt", weights_only=True)["student"]
-    start = load_model(world["model"], device="cpu", dtype="fp32").state_dict()
+    start = load_model(world["model"], device="cpu").state_dict()
     changed = {name.removeprefix("model.") for name in state if "model." in name}
     changed = {name for name in changed if name in start and not torch.equal(state[f"model.{name}"], start[name])}
     parts = {name.split(".")[0] for name in changed}
@@ -243,7 +243,7 @@ def test_the_distil_recipe_takes_a_dual_teacher(world: dict[str, Path], tmp_path
     recipe = str(ROOT / "configs/distil.yaml")
     assert train.main([recipe, *overrides, "loop.steps=2", f"data.dev={world['dev']}", "evaluate.every=2"]) == 0
     assert len(curve(tmp_path / "out")) == 2
-    student = load_model(tmp_path / "out" / "last.safetensors", device="cpu", dtype="fp32")
+    student = load_model(tmp_path / "out" / "last.safetensors", device="cpu")
     assert student.dual == teacher.dual
     assert (student.dims.n_audio_layer, student.dims.n_text_layer) == (2, 2)
     kept, given = student.state_dict(), teacher.state_dict()
@@ -256,13 +256,13 @@ def test_the_distil_recipe_takes_a_dual_teacher(world: dict[str, Path], tmp_path
 
 def test_distillation_to_fewer_layers(world: dict[str, Path], tmp_path: Path) -> None:
     losses = run(world, tmp_path, "model.decoder_layers=[0, 2]", "loop.steps=6")
-    model = load_model(tmp_path / "last.safetensors", device="cpu", dtype="fp32")
+    model = load_model(tmp_path / "last.safetensors", device="cpu")
     assert (model.dims.n_text_layer, model.dims.n_audio_layer) == (2, 3)
     assert losses[-1] < losses[0]
 
 
 def test_shrunk_layers_are_the_chosen_ones(world: dict[str, Path]) -> None:
-    model = load_model(world["model"], device="cpu", dtype="fp32")
+    model = load_model(world["model"], device="cpu")
     small = shrink(model, None, [2, 0])
     assert torch.equal(small.decoder.blocks[0].mlp[0].weight, model.decoder.blocks[2].mlp[0].weight)
     assert torch.equal(small.decoder.blocks[1].mlp[0].weight, model.decoder.blocks[0].mlp[0].weight)
@@ -277,7 +277,7 @@ def test_shrunk_layers_are_the_chosen_ones(world: dict[str, Path]) -> None:
 
 def test_single_branch(world: dict[str, Path], tmp_path: Path) -> None:
     run(world, tmp_path, "model.dual=false", "objective.gate=0", "objective.silence=0", "loop.steps=2")
-    model = load_model(tmp_path / "last.safetensors", device="cpu", dtype="fp32")
+    model = load_model(tmp_path / "last.safetensors", device="cpu")
     assert model.dual is None and not model.knows_silence
     assert "gate/noisy" not in records(tmp_path)[0]
 
@@ -298,14 +298,14 @@ def test_variable_context_is_recorded(world: dict[str, Path], tmp_path: Path, mo
         f"data.train={write}", "augment.speed_prob=0",
     )  # fmt: skip
     assert set(heard) == {150, 200}
-    model = load_model(tmp_path / "last.safetensors", device="cpu", dtype="fp32")
+    model = load_model(tmp_path / "last.safetensors", device="cpu")
     assert model.variable_audio_ctx and model.knows_silence
 
 
 def test_a_recipe_leaves_whispers_own_weights_alone(world: dict[str, Path], tmp_path: Path) -> None:
     [_, *overrides] = arguments(world, tmp_path, "loop.ctx_multiple=10", "loop.steps=4", "optim.warmup=1")
     assert train.main([str(ROOT / "configs/whisper_at_rest.yaml"), *overrides]) == 0
-    model, start = (load_model(f, device="cpu", dtype="fp32") for f in (tmp_path / "last.safetensors", world["model"]))
+    model, start = (load_model(f, device="cpu") for f in (tmp_path / "last.safetensors", world["model"]))
     assert model.dual == DualOptions(memory_layers=3)
     weights = model.state_dict()
     assert all(torch.equal(weights[name].half(), value.half()) for name, value in start.state_dict().items())

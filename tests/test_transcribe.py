@@ -117,7 +117,7 @@ def test_no_words_without_speech(sound: str, base_path: Path) -> None:
     audio = np.zeros(90 * 16000, np.float32)
     if sound == "white noise":
         audio = np.random.default_rng(0).standard_normal(len(audio)).astype(np.float32) * 0.05
-    assert dawhisper.load_model(base_path, device="cpu", dtype="fp32").transcribe(audio).text.strip() == ""
+    assert dawhisper.load_model(base_path, device="cpu").transcribe(audio).text.strip() == ""
 
 
 def test_segments_come_as_soon_as_they_are_known() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,9 +53,10 @@ class Service:
         assert self.diarizer is not None  # forms.py refuses such a request
         async with self.diarizing:
             try:
-                turns = await asyncio.to_thread(lambda diarize: sorted(diarize(samples), key=begin_of), self.diarizer)
+                turns = await asyncio.to_thread(lambda diarize: [*diarize(samples)], self.diarizer)
             except Exception as error:  # another package's
                 raise ApiError(500, f"who speaks can't be told: {one_line(error)}") from error
+        turns.sort(key=attrgetter("start"))
         letters = {speaker: letters_of(n) for n, speaker in enumerate(dict.fromkeys(turn.speaker for turn in turns))}
         return [replace(turn, speaker=letters[turn.speaker]) for turn in turns]
 
@@ -90,10 +92,6 @@ class Service:
             *(k.encode(errors="surrogatepass") for k in (key or "", wanted))
         ):
             raise ApiError(401, "no or wrong API key; send Authorization: Bearer KEY", code="invalid_api_key")
-
-
-def begin_of(turn: Turn) -> float:
-    return turn.start
 
 
 def letters_of(number: int) -> str:

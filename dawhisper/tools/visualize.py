@@ -91,7 +91,7 @@ def visualize(options: VisualizeOptions) -> list[Path]:
     folder = Path(options.output_dir)
     writable_folder(folder)
     recordings = read_recordings(options)
-    model = load_model(options.model, device=options.device, dtype="fp32")
+    model = load_model(options.model, device=options.device)
     views = [look(model, audio, title, options, noise) for title, audio, noise in recordings]
     return write_views(views, Path(options.model).stem, folder / Path(options.audio).stem, options.output_format)
 

@@ -589,7 +589,7 @@ def test_noise_dominated_positions() -> None:
 
 
 def test_gates_are_those_of_a_forward_pass(data: Path) -> None:
-    model = load_model(data / "dual.safetensors", device="cpu", dtype="fp32")
+    model = load_model(data / "dual.safetensors", device="cpu")
     items, mixer = items_of(data), mixer_of(data)
     mixtures = [mixer(item, Condition("real", 5.0)) for item in items[:2]]
     mel = mel_batch(model, [m.audio[0].numpy() for m in mixtures])
@@ -604,7 +604,7 @@ def test_gates_are_those_of_a_forward_pass(data: Path) -> None:
 
 
 def test_uniform_attention_falls_on_noise_as_often_as_there_is_noise(data: Path) -> None:
-    model = load_model(data / "dual.safetensors", device="cpu", dtype="fp32")
+    model = load_model(data / "dual.safetensors", device="cpu")
     with torch.no_grad():
         for block in model.decoder.blocks:
             block.cross_attn.query.weight.zero_()  # type: ignore[union-attr]

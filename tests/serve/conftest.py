@@ -22,5 +22,5 @@ def random_server() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def real_server(tiny_en_path: Path) -> Iterator[Running]:
-    with running({"tiny.en": dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32")}, brief=False) as made:
+    with running({"tiny.en": dawhisper.load_model(str(tiny_en_path), device="cpu")}, brief=False) as made:
         yield made

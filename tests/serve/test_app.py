@@ -43,7 +43,7 @@ def test_openais_client_works_unmodified(real_server: Running, assets: Path, tin
     assert client.models.retrieve("tiny.en").owned_by == "dawhisper"
     clip = assets / "speech.opus"
     create = client.audio.transcriptions.create
-    alone = dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32").transcribe(str(clip))
+    alone = dawhisper.load_model(str(tiny_en_path), device="cpu").transcribe(str(clip))
     plain = create(model="whisper-1", file=clip)
     assert plain.text == alone.text.strip()
 
@@ -130,7 +130,7 @@ def test_together_is_as_alone(extra: dict[str, object]) -> None:
 
 
 def test_clips_in_the_queue_are_decoded_together_and_not_mixed_up(tiny_en_path: Path, assets: Path) -> None:
-    model = dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32")
+    model = dawhisper.load_model(str(tiny_en_path), device="cpu")
     speech = load_audio(assets / "speech.opus")
     clips = [speech[16000 * i : 16000 * (i + 2)] for i in range(0, 6, 2)]
     once = {"temperature": 0.0, "language": "en", "without_timestamps": True, **SURE}

@@ -26,8 +26,8 @@ pytestmark = needs_chromium
 @pytest.fixture(scope="module")
 def server(tiny_en_path: Path) -> Iterator[Running]:
     """tiny.en as it is, and with a second branch whose gate is not the same everywhere."""
-    stock = dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32")
-    dual = dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32", dual=dawhisper.DualOptions())
+    stock = dawhisper.load_model(str(tiny_en_path), device="cpu")
+    dual = dawhisper.load_model(str(tiny_en_path), device="cpu", dual=dawhisper.DualOptions())
     torch.manual_seed(0)
     for block in dual.decoder.blocks:
         torch.nn.init.normal_(block.gate[-1].weight, std=2.0)

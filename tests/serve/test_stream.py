@@ -63,7 +63,7 @@ def speech(assets: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tiny_en(tiny_en_path: Path) -> dawhisper.Whisper:
-    return dawhisper.load_model(str(tiny_en_path), device="cpu", dtype="fp32")
+    return dawhisper.load_model(str(tiny_en_path), device="cpu")
 
 
 @pytest.mark.parametrize("policy", ["attention", "agreement"])

@@ -53,7 +53,7 @@ def test_the_command_keeps_where_the_runs_come_from(tmp_path: Path, capsys: pyte
     small = tmp_path / "mean.int8.safetensors"
     assert main(["quantize", "--model", str(out), "--out", str(small)]) == 0
     assert {**read_config(small), "storage": "fp16"} == read_config(out)
-    assert load_model(small, device="cpu", dtype="fp32").dual == DualOptions(memory_layers=1, init="random")
+    assert load_model(small, device="cpu").dual == DualOptions(memory_layers=1, init="random")
     capsys.readouterr()
     assert main(["average", files[0], "--out", str(out)]) == 1
     assert capsys.readouterr().err == "dawhisper: error: an average needs two models or more\n"

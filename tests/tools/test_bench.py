@@ -32,7 +32,7 @@ def test_the_folder_of_transformers_holds_the_same_model(variant: str, tmp_path:
     pytest.importorskip("transformers")
     model = Whisper(VARIANTS[variant])
     to_transformers(model, tmp_path)
-    again = dawhisper.load_model(tmp_path, device="cpu", dtype="fp32")
+    again = dawhisper.load_model(tmp_path, device="cpu")
     assert again.dims == model.dims
     assert torch.equal(again.alignment_heads, model.alignment_heads)
     ours, theirs = model.state_dict(), again.state_dict()
@@ -60,7 +60,7 @@ def test_a_dual_model_stays_ours(tmp_path: Path) -> None:
 def test_faster_whisper_hears_what_we_hear(tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
     faster_whisper = pytest.importorskip("faster_whisper")
     pytest.importorskip("transformers")
-    model = dawhisper.load_model(tiny_en_path, device="cpu", dtype="fp32")
+    model = dawhisper.load_model(tiny_en_path, device="cpu")
     to_transformers(model, tmp_path / "transformers")
     to_ctranslate2(tmp_path / "transformers", tmp_path / "ctranslate2")
     theirs = faster_whisper.WhisperModel(str(tmp_path / "ctranslate2"), "cpu", compute_type="float32")

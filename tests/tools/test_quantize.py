@@ -82,10 +82,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_real_weights(tiny_en_path: Path, assets: Path, tmp_path: Path) -> None:
-    model = load_model(tiny_en_path, device="cpu", dtype="fp32", dual=DualOptions())
+    model = load_model(tiny_en_path, device="cpu", dual=DualOptions())
     save_model(model, tmp_path / "int8.safetensors", dtype="int8")
     clip = log_mel_spectrogram(pad_or_trim(load_audio(assets / "speech.opus")))[None]
-    errors = layer_errors(model, load_model(tmp_path / "int8.safetensors", device="cpu", dtype="fp32"), clip)
+    errors = layer_errors(model, load_model(tmp_path / "int8.safetensors", device="cpu"), clip)
     assert max(e.output for e in errors) < 0.1
     quantised = load_model(tmp_path / "int8.safetensors", device="cpu", dtype="int8")
     [result] = quantised.decode(clip)  # type: ignore[operator]

@@ -229,7 +229,7 @@ def test_without_matplotlib(
 
 
 def test_real_speech(base_path: Path, assets: Path) -> None:
-    model = load_model(base_path, device="cpu", dtype="fp32", dual=DualOptions())
+    model = load_model(base_path, device="cpu", dual=DualOptions())
     audio = load_audio(assets / "speech.opus")
     view = look(model, audio, "speech", VisualizeOptions("speech.opus", language="en"))
     assert [w.word.strip(",.").lower() for w in view.words[:3]] == ["modern", "printers", "understand"]
