@@ -231,8 +231,8 @@ class AudioEncoder(nn.Module):
         weighed = share * layer_norm(x)  # layers differ in scale
         return weighed if mixed is None else mixed + weighed
 
-    def forward(self, mel: Tensor) -> AudioFeatures:
-        """mel [B, n_mels, 2T] -> features [B, T, d] of both branches."""
+    def forward(self, mel: Tensor, layers: list[Tensor] | None = None) -> AudioFeatures:
+        """mel [B, n_mels, 2T] -> features [B, T, d] of both branches; `layers` gets each output (of own ones)."""
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2).contiguous()  # else every layer after it works on strides
         if x.shape[1] > self.positional_embedding.shape[0]:
@@ -243,12 +243,16 @@ class AudioEncoder(nn.Module):
             if layer == len(self.blocks) - len(self.secondary_blocks):
                 own = x
             x = maybe_checkpoint(self, block, x)
+            if layers is not None and not self.secondary_blocks:
+                layers.append(x)
             if self.mixture is not None and layer < len(self.blocks) - 1:
                 mixed = self.mix(x, self.mixture[layer], mixed)
         last = x = self.ln_post(x)
         if self.secondary_ln_post is not None:
             for block in self.secondary_blocks:
                 own = maybe_checkpoint(self, block, own)
+                if layers is not None:
+                    layers.append(own)
             last = self.secondary_ln_post(own)
         if self.mixture is not None:
             last = self.mixture[-1] * last if mixed is None else mixed + self.mixture[-1] * last
@@ -428,8 +432,7 @@ class Whisper(nn.Module):
         super().__init__()
         self.dims = dims
         self.dual: DualOptions | None = None
-        self.variable_audio_ctx = variable_audio_ctx
-        self.knows_silence = False
+        self.variable_audio_ctx, self.knows_silence = variable_audio_ctx, False
         self.encoder = AudioEncoder(dims)
         self.decoder = TextDecoder(dims)
         # unless a model names its own, all heads of the upper half, as in Whisper

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dawhisper.model import Whisper
+from dawhisper.model import Whisper, layer_norm
 from dawhisper.trace import Trace
 
 from . import losses
@@ -29,7 +29,8 @@ class ObjectiveOptions:
 
     cross_entropy: transcripts, or the teacher's text; silence: noise-only windows get Whisper's no-speech target;
     logits, encoder, attention: label-free distillation from the teacher (encoder: the secondary's memory learns it
-    where it has layers of its own, else the encoder output); gate: supervision by the mixture's SNR;
+    where it has layers of its own, else the encoder output); layers: the same at the encoder layers below, each
+    brought to one scale (hints, FitNets, arXiv:1412.6550); gate: supervision by the mixture's SNR;
     primary: the primary's encoder output learns the teacher's too, where there is no noise: cut to the length of the
     audio it must give what Whisper gives of 30 s; hold_primary, hold_secondary: share of the windows without and with
     noise that are heard through that branch alone, so that each can stand for itself.
@@ -45,6 +46,7 @@ class ObjectiveOptions:
     logits: float = 1.0
     temperature: Scale = 1.0
     encoder: float = 1.0
+    layers: float = 0.0
     attention: float = 1.0
     gate: float = 0.1
     gate_centre_db: float = 7.5
@@ -66,6 +68,7 @@ class Lesson(NamedTuple):
 
     logits: Tensor | None  # [B, n, V]
     encoder: Tensor | None  # [B, T, d]
+    layers: tuple[Tensor, ...] | None  # [B, T, d] by encoder layer, without the last
     attention: tuple[Tensor, ...] | None  # [B, n, d] for each of the student's layers: cross-attention output
 
 
@@ -78,6 +81,7 @@ class Heard(NamedTuple):
     attention: tuple[Tensor, ...]  # [B, n, d] by layer: fused cross-attention output
     gate: tuple[Tensor, ...]  # [B, n] by layer
     scores: tuple[Tensor, ...]  # [B, h, n, T] by layer: the secondary's attention before the softmax
+    layers: tuple[Tensor, ...]  # [B, T, d] by encoder layer, of those that the secondary's memory comes from
     said: Tensor | None = None  # [B * N, n, V] logits of the student's own hypotheses
 
 
@@ -95,13 +99,15 @@ class Teacher(nn.Module):
             raise ValueError("the teacher needs the clean audio: inputs.clean_mel")
         o, n_frames = self.options, inputs.frames.shape[1]
         trace = Trace() if o.attention else None
-        features = self.model.encode(inputs.clean_mel)
+        layers: list[Tensor] = []
+        features = self.model.encoder(inputs.clean_mel, layers if o.layers else None)
         logits = None
         if o.logits or o.attention:
             logits = self.model.decoder(inputs.tokens, features, trace=trace, dtype=None)
         return Lesson(
             logits if o.logits else None,
             features.primary[:, :n_frames] if o.encoder else None,
+            tuple(x[:, :n_frames] for x in layers[:-1]) if o.layers else None,
             None if trace is None else tuple(trace.output[layer] for layer in self.layers),
         )
 
@@ -130,13 +136,14 @@ class Student(nn.Module):
         o, model = self.options, self.model
         wanted = model.dual is not None or o.attention
         trace = Trace(attention=bool(o.noise_attention)) if wanted else None
-        features = model.encode(inputs.mel)
+        layers: list[Tensor] = []
+        features = model.encoder(inputs.mel, layers if o.layers else None)
         logits = model.decoder(inputs.tokens, features, trace=trace, dtype=None, held=inputs.held)
         said = None if hypotheses is None else model.decoder(hypotheses.tokens, features, dtype=None)
         if trace is None:
-            return Heard(logits, *features, (), (), (), said)
+            return Heard(logits, *features, (), (), (), tuple(layers), said)
         attention, gate, scores = (tuple(part.values()) for part in (trace.output, trace.gate, trace.secondary))
-        return Heard(logits, *features, attention, gate, scores, said)
+        return Heard(logits, *features, attention, gate, scores, tuple(layers), said)
 
     def score(
         self,
@@ -166,6 +173,12 @@ class Student(nn.Module):
             if o.primary:
                 quiet = inputs.frames & (snr_db == torch.inf)[:, None]  # in noise the primary may hear what it hears
                 parts["primary"] = losses.distil_features(heard.primary, lesson.encoder, quiet, n_frame)
+        if lesson is not None and lesson.layers is not None:
+            each = [
+                losses.distil_features(layer_norm(mine), layer_norm(taught), inputs.frames, n_frame)
+                for mine, taught in zip(heard.layers[-2::-1], lesson.layers[::-1])  # from the top down
+            ]
+            parts["layers"] = torch.stack(each).mean()
         if lesson is not None and lesson.attention is not None:
             each = [
                 losses.distil_features(mine, taught, speech, n_speech)

@@ -193,7 +193,7 @@ def build_models(recipe: Recipe, device: torch.device, amp: torch.dtype | None) 
     model.knows_silence = model.knows_silence or bool(o.silence and recipe.augment.noise_only_prob)
     model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = recipe.loop.gradient_checkpointing
     model.to(device).train()
-    if not (o.logits or o.encoder or o.attention):
+    if not (o.logits or o.encoder or o.layers or o.attention):
         return model, None
     teacher = load_model(options.teacher or options.name, device=device, dtype=amp or torch.float32)
     check_teacher(model, teacher, o)

@@ -66,9 +66,10 @@ def check_teacher(student: Whisper, teacher: Whisper, options: ObjectiveOptions)
             f"the teacher has {b.n_vocab} tokens and the student {a.n_vocab}: logits can't be compared; "
             "take a teacher of the same vocabulary or set objective.logits=0"
         )
-    if options.encoder and a.n_audio_state != b.n_audio_state:
+    if (options.encoder or options.layers) and a.n_audio_state != b.n_audio_state:
         raise OptionError(
-            f"the encoders' widths differ ({a.n_audio_state} and {b.n_audio_state}): set objective.encoder=0"
+            f"the encoders' widths differ ({a.n_audio_state} and {b.n_audio_state}): set objective.encoder=0 and "
+            "objective.layers=0"
         )
     if options.attention and a.n_text_state != b.n_text_state:
         raise OptionError(

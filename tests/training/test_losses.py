@@ -135,8 +135,8 @@ def test_frame_mask() -> None:
     assert mask.sum(1).tolist() == [1, 1, 2, 4]
 
 
-def tiny(n_text_layer: int = 2) -> Whisper:
-    return Whisper(ModelDimensions(80, 20, 32, 2, 2, 100, 16, 32, 2, n_text_layer))
+def tiny(n_text_layer: int = 2, n_audio_layer: int = 2) -> Whisper:
+    return Whisper(ModelDimensions(80, 20, 32, 2, n_audio_layer, 100, 16, 32, 2, n_text_layer))
 
 
 def some_inputs(batch: int = 4) -> Inputs:
@@ -186,6 +186,34 @@ def test_the_secondarys_own_layers_learn_the_teachers_features_and_the_primarys_
     own = {name for name, p in model.named_parameters() if "secondary_blocks" in name or "secondary_ln_post" in name}
     # a key's bias would shift all scores alike: there is none, and the query's gradient may be as small as it likes
     assert learnt == own | {"encoder.mixture"}
+
+
+def test_hints_are_of_the_same_layers_from_the_top() -> None:
+    torch.manual_seed(0)
+    teacher_model, model = tiny(n_audio_layer=3), tiny(n_audio_layer=3)
+    model.load_state_dict(teacher_model.state_dict())
+    model.add_second_branch(DualOptions(memory_layers=2))
+    options = ObjectiveOptions(logits=0.0, encoder=0.0, attention=0.0, silence=0.0, gate=0.0, layers=1.0)
+    inputs = some_inputs()
+    student, teacher = Student(model, options), Teacher(teacher_model, options, range(2))
+    assert student(inputs, teacher(inputs), count(inputs))[1]["layers"].item() == pytest.approx(0, abs=1e-6)
+
+    noisy = inputs._replace(mel=inputs.mel + torch.randn(inputs.mel.shape))
+    loss, parts = student(noisy, teacher(noisy), count(noisy))
+    heard: list[Tensor] = []
+    taught: list[Tensor] = []
+    model.encoder(noisy.mel, heard)
+    teacher_model.encoder(noisy.clean_mel, taught)
+    assert (len(heard), len(taught)) == (2, 3)  # the secondary's own ones
+    mine, theirs = (F.layer_norm(x, x.shape[-1:]) for x in (heard[0], taught[1]))
+    expected = losses.distil_features(mine, theirs[:, : noisy.frames.shape[1]], noisy.frames)
+    assert loss.item() == pytest.approx(parts["layers"].item())
+    assert parts["layers"].item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    learnt = {name for name, p in model.encoder.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("secondary_blocks.0.") for name in learnt)
+    assert any(name.startswith("blocks.0.") for name in learnt)  # below the own ones
+    assert not any(name.startswith(("secondary_blocks.1.", "blocks.1.", "ln_post")) for name in learnt)
 
 
 def test_what_may_be_frozen() -> None:
