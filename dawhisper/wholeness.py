@@ -86,8 +86,7 @@ def _end_of_segment(head: bytes) -> int | None:
 
 
 def _ends_ogg(tail: bytes) -> bool:
-    """Whether the last page is whole, and marked as the last."""
+    """Whether the last page is whole. Browsers that record don't mark it as the last one."""
     page = tail[tail.rfind(b"OggS") :]
     segments = page[26] if len(page) > 26 else 0
-    whole = len(page) >= 27 + segments + sum(page[27 : 27 + segments])
-    return len(page) > 26 and whole and bool(page[5] & 4)
+    return len(page) > 26 and len(page) >= 27 + segments + sum(page[27 : 27 + segments])
