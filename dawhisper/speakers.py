@@ -86,7 +86,7 @@ def pyannote_diarizer(token: str | None, device: torch.device, num_speakers: int
     """
     try:
         from pyannote.audio import Pipeline
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # or it is there, but not its torchaudio for this torch
         raise OptionError(
             f"--diarize needs pyannote.audio ({one_line(error)}): pip install 'dawhisper[diarize]'"
         ) from error

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers.models import FAST, SURE, talkative, trained
 from helpers.sound import noise
 
@@ -14,7 +13,6 @@ import dawhisper
 from dawhisper import front_end
 from dawhisper.audio import load_audio
 from dawhisper.errors import OptionError
-from dawhisper.evaluation.run import EvaluateOptions, evaluate, read_hypotheses
 from dawhisper.front_end import deepfilternet, downsampled, through, upsampled
 from dawhisper.model import DualOptions
 
@@ -71,33 +69,3 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"pip install 'dawhisper\[front_end\]'"):
         front_end.known_front_end("deepfilternet")
     front_end.deepfilternet_library.cache_clear()
-
-
-def test_evaluate_compares(world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each model is measured without it and behind it, and told apart in what is kept."""
-    monkeypatch.setattr("dawhisper.evaluation.run.known_front_end", lambda name: None)
-    heard: list[float] = []
-
-    def through(samples: np.ndarray, name: str, mix: float) -> np.ndarray:
-        heard.append(mix)
-        return samples * 0
-
-    monkeypatch.setattr("dawhisper.evaluation.recognizers.through", through)
-    torch.manual_seed(0)
-    options = EvaluateOptions(
-        [str(world["dev"])],
-        models=[f"tiny={world['model']}"],
-        kinds=["clean"],
-        out=str(tmp_path),
-        device="cpu",
-        bootstrap_samples=10,
-        front_end="deepfilternet",
-        front_end_mix=0.3,
-        plots=False,
-    )
-    results = evaluate(options)
-    assert results is not None and list(results.models) == ["tiny", "tiny+deepfilternet"]
-    assert set(heard) == {0.3} and len(heard) == 4  # three clips, and one that warms up
-    assert len({hypothesis.key for hypothesis in read_hypotheses(tmp_path)}) == 6
-    with pytest.raises(OptionError, match="front_end_mix"):
-        EvaluateOptions([str(world["dev"])], front_end_mix=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 from helpers.command_line import QUICK
 
 from dawhisper.cli import main
+from dawhisper.errors import OptionError
 from dawhisper.speakers import Turn, most_heard, pyannote_diarizer, with_speakers
 from dawhisper.timing import Word
 from dawhisper.transcribe_files import WriterOptions, write_outputs
@@ -111,7 +114,20 @@ def test_the_command(pyannote: None, assets: Path, tmp_path: Path, capsys: pytes
     assert "accept its conditions" in capsys.readouterr().err
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "pyannote.audio", None)
-    with pytest.raises(Exception, match=r"pip install 'dawhisper\[diarize\]'"):
+def test_the_fake_is_as_the_package() -> None:
+    real = pytest.importorskip("pyannote.audio")
+    pipelines = importlib.import_module("pyannote.audio.pipelines.speaker_diarization")
+    inspect.signature(real.Pipeline.from_pretrained).bind("name", token="hf_good")
+    assert "num_speakers" in inspect.signature(pipelines.SpeakerDiarization.apply).parameters
+    assert "exclusive_speaker_diarization" in pipelines.DiarizeOutput.__dataclass_fields__
+
+
+@pytest.mark.parametrize("fault", ["ModuleNotFoundError('pyannote')", "OSError('torchaudio: undefined symbol')"])
+def test_without_the_package(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = ModuleType("pyannote")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "pyannote", package)
+    monkeypatch.delitem(sys.modules, "pyannote.audio", raising=False)
+    (tmp_path / "audio.py").write_text(f"raise {fault}")
+    with pytest.raises(OptionError, match=r"\(.*(pyannote|undefined symbol)\): pip install 'dawhisper\[diarize\]'"):
         pyannote_diarizer("hf_good", torch.device("cpu"))

@@ -267,7 +267,7 @@ def triton_works(device: torch.device, dtype: torch.dtype) -> bool:
                 linear(*torch.ones(2, rows, 2048, device=device, dtype=dtype))
             torch.cuda.synchronize()
     except Exception as error:  # of Triton, the compiler or the driver: whatever it is, there is another way
-        why = one_line(error)
-        warnings.warn(f"decoding without Triton kernels, which is slower ({why}); is a C compiler there?", stacklevel=2)
+        way_out = "torch 2.8 or newer has them" if isinstance(error, ImportError) else "is a C compiler there?"
+        warnings.warn(f"decoding without Triton kernels, which is slower ({one_line(error)}); {way_out}", stacklevel=2)
         return False
     return True

@@ -68,6 +68,8 @@ def quantize_file(options: QuantizeOptions) -> str:
     """Write the file and what was asked to be measured; returns the report. DawhisperError for bad input."""
     out = Path(options.out)
     writable_folder(out.parent)
+    if options.manifests:
+        evaluation()  # raises, before the work is done
     audio = [load_audio(path) for path in options.audio]
     model = load_model(options.model, device="cpu", dtype="fp32")
     save_model(model, out, dtype="int8", **origin(options.model))
@@ -169,18 +171,23 @@ def write_errors(errors: Sequence[LayerError], path: Path) -> None:
 # ---- word errors --------------------------------------------------------------------------------------------------
 
 
-def word_errors(options: QuantizeOptions, out: Path) -> str:
-    """Word errors in noise of the model and of the int8 file: `dawhisper evaluate` of the two."""
+def evaluation() -> Any:
+    """The module of `dawhisper evaluate`. OptionError where a package that it needs is not installed."""
     try:
-        from dawhisper.evaluation.run import EvaluateOptions, evaluate
+        from dawhisper.evaluation import run
     except ModuleNotFoundError as e:
         raise OptionError(f"word errors need {e.name}: pip install 'dawhisper[evaluate]'") from e
+    return run
 
+
+def word_errors(options: QuantizeOptions, out: Path) -> str:
+    """Word errors in noise of the model and of the int8 file: `dawhisper evaluate` of the two."""
+    run = evaluation()
     folder = out.with_suffix(".evaluation")
     models = [f"float={options.model}", f"int8={out}"]
     chosen = {"snrs": options.snrs} if options.snrs else {}
-    evaluate(
-        EvaluateOptions(
+    run.evaluate(
+        run.EvaluateOptions(
             manifests=options.manifests,
             models=models,
             noise=options.noise,
@@ -189,7 +196,7 @@ def word_errors(options: QuantizeOptions, out: Path) -> str:
             out=str(folder),
             device="cpu",
             plots=False,
-            **chosen,  # type: ignore[arg-type]
+            **chosen,
         )
     )
     return f"word errors: {folder}"

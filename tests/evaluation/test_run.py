@@ -652,3 +652,25 @@ def test_openai_back_end_hears_the_same(tiny_en_path: Path, data: Path, tmp_path
     assert found is not None
     texts = [[s.hypothesis.text for s in found.scored if s.hypothesis.model == model] for model in found.models]
     assert texts[0] == texts[1] and any(texts[0])
+
+
+def test_each_model_is_measured_without_a_front_end_and_behind_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two are told apart in what is kept."""
+    monkeypatch.setattr("dawhisper.evaluation.run.known_front_end", lambda name: None)
+    heard: list[float] = []
+
+    def through(samples: np.ndarray, name: str, mix: float) -> np.ndarray:
+        heard.append(mix)
+        return samples * 0
+
+    monkeypatch.setattr("dawhisper.evaluation.recognizers.through", through)
+    manifest, model = str(data / "set0/manifest.jsonl"), f"tiny={data / 'single.safetensors'}"
+    chosen = {"manifests": [manifest], "models": [model], "kinds": ["clean"], "plots": False}
+    results = evaluate(options(data, tmp_path, front_end="deepfilternet", front_end_mix=0.3, **chosen))
+    assert results is not None and list(results.models) == ["tiny", "tiny+deepfilternet"]
+    assert set(heard) == {0.3} and len(heard) == 3  # two clips, and one that warms up
+    assert len({hypothesis.key for hypothesis in read_hypotheses(tmp_path)}) == 4
+    with pytest.raises(OptionError, match="front_end_mix"):
+        options(data, tmp_path, front_end_mix=-1)

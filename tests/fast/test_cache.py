@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,10 +139,15 @@ def test_compiled_blocks_give_the_same_tokens(static) -> None:
 def test_without_kernels_it_decodes_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "dawhisper.fast.token_step", SimpleNamespace(linear=None))
     monkeypatch.setattr(torch.cuda, "device", lambda device: (_ for _ in ()).throw(RuntimeError("no compiler\nhere")))
     with pytest.warns(UserWarning, match="slower.*no compiler here"):
         assert not graphs.triton_works(gpu, torch.float16)
     assert not graphs.triton_works(gpu, torch.float16)  # told once
+    graphs.triton_works.cache_clear()
+    monkeypatch.setitem(sys.modules, "dawhisper.fast.token_step", None)
+    with pytest.warns(UserWarning, match="torch 2.8 or newer"):
+        assert not graphs.triton_works(gpu, torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not graphs.triton_works(gpu, torch.bfloat16)
     assert not graphs.triton_works(torch.device("cpu"), torch.float16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed; the token step runs as PyTorch's kernels")
+pytest.importorskip("triton.language.extra.cuda.gdc", reason="no Triton from 3.4 on, which torch 2.8 brings")
 
 from dawhisper.fast import cache as graphs
 from dawhisper.fast import token_step
