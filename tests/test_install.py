@@ -49,6 +49,7 @@ USED_BY_OTHERS = {
     "python-multipart": "fastapi reads uploads with it",
     "websockets": "uvicorn speaks with it",
     "onnxruntime": "silero-vad runs in it",
+    "scipy": "lhotse resamples with it where there is no torchaudio",
     "pytest-timeout": "pyproject.toml's options for pytest",
     "pytest-xdist": "pyproject.toml's options for pytest",
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import MutableHeaders, UploadFile
 
 from dawhisper.audio import SAMPLE_RATE, load_audio
 from dawhisper.speakers import Turn
@@ -24,6 +24,7 @@ from dawhisper.transcription import TranscribeOptions
 from .errors import ApiError
 from .service import Service, checked_language
 
+MULTIPART = "multipart/form-data"
 FIELDS = {
     "model": "a name that /v1/models lists; the first one by default",
     "language": "code or English name of the language spoken; found out by default",
@@ -46,7 +47,7 @@ DESCRIBED = {  # for /docs
     "requestBody": {
         "required": True,
         "content": {
-            "multipart/form-data": {
+            MULTIPART: {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
@@ -78,8 +79,12 @@ class Asked:
 
 async def read(request: Request, service: Service, task: str) -> Asked:
     """The form of a request, checked, and its recording; ApiError or AudioError where one is wrong."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError(400, "send multipart/form-data with a file", "file")
+    kind, semicolon, boundary = request.headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != MULTIPART:
+        raise ApiError(400, f"send {MULTIPART} with a file", "file")
+    headers = MutableHeaders(raw=list(request.scope["headers"]))
+    headers["content-type"] = f"{MULTIPART}{semicolon}{boundary}"  # Python 3.10's newest parser knows no other case
+    request = Request({**request.scope, "headers": headers.raw}, request.receive)
     async with request.form(max_files=1, max_fields=32) as form:
         values: dict[str, list[str]] = {}
         upload = form.get("file")
