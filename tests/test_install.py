@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from helpers.models import MULTILINGUAL, save_openai, talkative
 from helpers.sound import write_clips
 
+from dawhisper import cli
 from dawhisper.model import Whisper
 
 if sys.version_info < (3, 11):
@@ -24,6 +26,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "assets" / "speech.opus"
+COMPOSED = ("compose.yaml", "compose.cuda.yaml")
 
 # where the code is that an extra is for
 CODE = {
@@ -248,3 +251,24 @@ def test_what_the_code_imports_is_named() -> None:
 def test_the_oldest_versions_of_every_extra_are_tried() -> None:
     tried = set(re.findall(r"^  \[(\w+)\]=", (ROOT / ".ci" / "lowest").read_text("utf-8"), re.MULTILINE))
     assert tried == {extra or "base" for _, extra in entries()}
+
+
+def test_the_container_is_made_of_what_there_is() -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / "docker"
+    lines = (folder / "Dockerfile").read_text("utf-8").replace("\\\n", " ").splitlines()
+    copied = [line.split()[1:-1] for line in lines if line.startswith("COPY") and "--from" not in line]
+    assert len(copied) >= 4 and all((ROOT / name).exists() for names in copied for name in names)
+    assert set(re.findall(r"--extra (\w+)", " ".join(lines))) <= {extra for _, extra in entries()}
+    [words] = [json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD ")]
+    [started] = [json.loads(line.removeprefix("ENTRYPOINT ")) for line in lines if line.startswith("ENTRYPOINT ")]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--help"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert set(started) <= set(project["scripts"])
+    services = [yaml.safe_load((folder / name).read_text("utf-8"))["services"] for name in COMPOSED]
+    assert services[0].keys() == services[1].keys()  # the second file adds to the first one's
+    build = services[0]["server"]["build"]
+    assert (folder / build["context"] / build["dockerfile"]).resolve() == folder / "Dockerfile"
+    named = {name for service in services for name in service["server"]["build"].get("args", {})}
+    assert named <= {line.split()[1].split("=")[0] for line in lines if line.startswith("ARG ")}
