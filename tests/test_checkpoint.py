@@ -14,7 +14,7 @@ import pytest
 import torch
 import whisper
 from helpers.models import save_openai
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from dawhisper import checkpoint, device
@@ -292,7 +292,7 @@ def test_weights_of_any_type_and_output(dtype: torch.dtype, output: str, tmp_pat
     """The output layer may be left out, stored beside the embedding, or stand for it."""
     model = random_model().to(dtype).float()
     folder = save_hf(model, tmp_path / "hf", "safetensors")
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in load((folder / "model.safetensors").read_bytes()).items()}
     embedding = tensors["model.decoder.embed_tokens.weight"]
     if output != "tied":
         tensors["proj_out.weight"] = embedding.clone()
@@ -362,7 +362,7 @@ def test_an_adapter_that_can_not_be_merged_says_how(tmp_path: Path, monkeypatch:
     fails(lora(model, tmp_path / "dora", base, use_dora=True)[0], "DoRA")
     fails(lora(model, tmp_path / "ia3", base, peft_type="IA3")[0], "IA3", "merge")
     half, _ = lora(model, tmp_path / "half", base)
-    tensors = load_file(half / "adapter_model.safetensors")
+    tensors = load((half / "adapter_model.safetensors").read_bytes())  # not mapped: it is written again
     save_file({name: t for name, t in tensors.items() if "lora_A" in name}, half / "adapter_model.safetensors")
     fails(half, "but one of lora_A and lora_B")
     other, _ = lora(model, tmp_path / "other", base)
@@ -492,7 +492,7 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_model(random_model(), path)
     config = read_config(path) | {"format_version": 99}
-    save_file(load_file(path), path, metadata={"dawhisper": json.dumps(config)})
+    save_file(load(path.read_bytes()), path, metadata={"dawhisper": json.dumps(config)})
     with pytest.raises(CheckpointError) as error:
         load_model(path, device="cpu")
     one_line(error, "99", "update dawhisper")
