@@ -17,6 +17,7 @@ from helpers.models import DUALS, VARIANTS, pair, save_openai
 from helpers.sound import noise, write_wav
 
 import dawhisper
+from dawhisper.audio import load_audio
 from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import CheckpointError
 from dawhisper.formats.huggingface import to_ctranslate2, to_transformers, transformers_tokenizer
@@ -66,7 +67,7 @@ def test_faster_whisper_hears_what_we_hear(tiny_en_path: Path, assets: Path, tmp
     theirs = faster_whisper.WhisperModel(str(tmp_path / "ctranslate2"), "cpu", compute_type="float32")
     clip = assets / "speech.opus"
     options = {"language": "en", "temperature": 0.0, "beam_size": 1}
-    segments, _ = theirs.transcribe(str(clip), **options)
+    segments, _ = theirs.transcribe(load_audio(clip), **options)  # as bench: its own reader knows no PyAV from 19 on
     ours = model.transcribe(clip, **{**options, "beam_size": None}).text.lower().split()
     assert sum(a == b for a, b in zip(ours, "".join(s.text for s in segments).lower().split())) >= 0.8 * len(ours)
 
