@@ -317,13 +317,17 @@ class DecoderBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and y.shape[1] > 1)
         return self.attn.out(merge(out))
 
-    def queries(self, y: Tensor) -> Tensor:
-        """Queries of the cross-attentions, the heads of both branches side by side, [B, h or 2h, n, e]."""
+    def queries(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, the heads of both branches side by side, [B, h or 2h, n, e]; and what the gate reads of y."""
         each = [attn.split(attn.query(y)) for attn in (self.cross_attn, self.secondary_attn) if attn is not None]
-        return torch.cat(each, dim=1) if len(each) == 2 else each[0]
+        return torch.cat(each, dim=1) if len(each) == 2 else each[0], y
+
+    def gated(self, y: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the branches' `out` gave -> p, s and the gate a [B, n, 1]."""
+        return p, s, self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
 
     def cross_attention(self, y: Tensor, memory: CrossMemory, query: bool = False, held: Tensor | None = None) -> Fused:
-        primary, secondary, h, q = self.cross_attn, self.secondary_attn, self.n_head, self.queries(y)
+        primary, secondary, h, (q, y) = self.cross_attn, self.secondary_attn, self.n_head, self.queries(y)
         if secondary is None:
             return Fused(primary.out(merge(memory.read(q))), None, q if query else None)
         if memory.secondary is None:  # both branches in one call
@@ -333,8 +337,7 @@ class DecoderBlock(nn.Module):
         if memory.noise is not None:
             noise = attend(q[:, h:], *(x.expand(len(q), -1, -1, -1) for x in memory.noise))
             read2 = torch.addcmul(read2, self.noise_scale[:, None, None], noise)
-        p, s = primary.out(merge(read)), secondary.out(merge(read2))
-        gate = self.gate(torch.cat([y, p, s], dim=-1)).sigmoid()
+        p, s, gate = self.gated(y, primary.out(merge(read)), secondary.out(merge(read2)))
         share = gate if held is None else torch.where(held.isnan(), gate, held.to(gate.dtype))
         return Fused(torch.lerp(s, p, share), gate, q if query else None)  # exactly p where s equals p
 

@@ -1,10 +1,11 @@
 """A model's linear layers in the types that a CPU multiplies fastest.
 
 A token step reads all weights for one row: there int8 is a quarter of fp32's bytes. Its weights are symmetric around
-zero with one scale per output row, as in a dawhisper int8 file; activations are quantised as they come. The hundreds
-of rows of the encoder are limited by arithmetic: bf16 where the processor has tiles for it (AMX), int8 otherwise. What
-lies between the products stays fp32: norms, sums, the decoder's self-attention, the gate. The keys and values of the
-audio are bf16 where the processor multiplies that: every token reads all of them.
+zero with one scale per output row, as in a dawhisper int8 file; activations are quantised as they come, each row by
+its own range, so that what is decoded side by side is what each window gives alone, to the last bit. The hundreds of
+rows of the encoder are limited by arithmetic: bf16 where the processor has tiles for it (AMX), int8 otherwise. What
+lies between the products stays fp32: norms, sums, the decoder's self-attention, what the gate makes of its hidden
+layer. The keys and values of the audio are bf16 where the processor multiplies that: every token reads all of them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from dawhisper.model import (
     Whisper,
 )
 
+TINY = 1e-12  # the least range of a row
+MOST_ROWS = 16  # of a window: more have too many scores to be written to memory
 # without 8-bit dot products the sum of two products has 16 bits: activations must then do with 7
-REDUCE_RANGE = not PROCESSOR.vnni
+CODES = 255 if PROCESSOR.vnni else 127
+multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
 
 class Packed(nn.Module):
@@ -42,50 +46,54 @@ class Packed(nn.Module):
 
 
 class Int8Linear(Packed):
-    """x [..., in] -> [..., out] in fp32, from weights [out, in] packed for the processor."""
+    """x [..., in] -> [..., out] in fp32, from weights [out, in] packed for the processor.
+
+    The kernel has one range for all rows. Each row is brought from its own to [0, 1], and its result back: a row gives
+    the same bits whatever rows lie beside it, and what is decoded together is what each gives alone.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         zero = torch.zeros(len(weight), dtype=torch.long)
-        scale = largest(weight)[:, 0].double() / 127
+        scale = weight.abs().amax(dim=1).clamp_(min=TINY).double() / 127
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch means to drop such tensors, but packs nothing else
             values = torch.quantize_per_channel(weight.contiguous(), scale, zero, axis=0, dtype=torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(values, bias)
-        self.bias = bias
+        self.packed = torch.ops.quantized.linear_prepack(values, None)
+        self.total = values.dequantize().sum(dim=1)  # the result for a row of ones
+        self.bias = torch.zeros(len(weight)) if bias is None else bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:  # one row
-            return torch.ops.quantized.linear_dynamic(x, self.packed, REDUCE_RANGE)
-        # The kernel has one scale for all rows. Brought to the same range, no row suffers from a louder one: in noise
-        # the encoder's word errors rise by 40% otherwise.
-        scale = largest(x)
-        y = torch.ops.quantized.linear_dynamic(x / scale, self.packed, REDUCE_RANGE)
-        return y.mul_(scale) if self.bias is None else torch.lerp(self.bias, y, scale, out=y)
+        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+        span = high.sub_(low).clamp_(min=TINY)
+        y = multiply((x - low).div_(span), 1 / CODES, 0, self.packed)
+        return torch.addcmul(torch.addcmul(self.bias, low, self.total), y, span, out=y)
 
 
 class Int8RowsLinear(Packed):
     """Int8Linear for hundreds of rows, as the encoder has: oneDNN's kernel, which needs 8-bit dot products.
 
     1,500 rows, 512 to 2,048: 7.8 ms, as an Int8Linear 13.7 ms (one thread of an Intel Xeon, torch 2.11).
+    Each row is divided by its scale, which brings it into [-below, 1]: another pass over the result, for rows that lie
+    on one side of zero, is saved. below: 1; a quarter for what follows a GELU and lies above -0.17.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, below: float = 1.0):
         super().__init__()
-        scale = largest(weight) / 127
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_(min=TINY) / 127
         self.packed = torch.ops.onednn.qlinear_prepack((weight / scale).round_().to(torch.int8), None)
         self.scale, self.zero = scale[:, 0], torch.zeros(len(weight), dtype=torch.long)
         self.bias = torch.zeros(len(weight)) if bias is None else bias
+        self.below, self.step = below, (1 + below) / 254
+        self.code_of_zero = round(below / self.step)
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-        scale = torch.maximum(high, -low).clamp_(min=1e-12)  # as above: each row is brought to the same range
-        lowest, highest = (low / scale).min().clamp(max=0).item(), (high / scale).max().clamp(min=0).item()
-        step = max(highest - lowest, 1.0) / 255
-        zero = round(-lowest / step)
-        values = codes(torch.quantize_per_tensor(x / scale, step, zero, torch.quint8))
+        scale = torch.maximum(high, low.div_(-self.below)).clamp_(min=TINY)
+        values = codes(torch.quantize_per_tensor(x / scale, self.step, self.code_of_zero, torch.quint8))
         y = torch.ops.onednn.qlinear_pointwise(
-            values, step, zero, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+            *(values, self.step, self.code_of_zero, self.packed, self.scale, self.zero, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
         )
         return torch.addcmul(self.bias, y, scale, out=y)
 
@@ -141,11 +149,6 @@ def codes(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage(), 0, x.shape, x.stride())
 
 
-def largest(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row, [..., n] -> [..., 1]; above 0."""
-    return torch.maximum(rows.amax(dim=-1, keepdim=True), -rows.amin(dim=-1, keepdim=True)).clamp_(min=1e-12)
-
-
 class JointSelfAttention(MultiHeadAttention):
     """A self-attention whose query, key and value are one product."""
 
@@ -161,26 +164,59 @@ class JointSelfAttention(MultiHeadAttention):
 
 
 class JointCrossAttention(MultiHeadAttention):
-    """A cross-attention whose key and value are one product, of kind `memory`; its query is the block's."""
+    """A cross-attention whose key and value are one product, of kind `memory`; its query is the block's.
 
-    def __init__(self, attn: Any, memory: Kind):
+    gate [g, d]: what the gate's hidden layer makes of this branch; `out` gives that too, [..., d + g].
+    """
+
+    def __init__(self, attn: Any, memory: Kind, gate: Tensor | None = None):
         nn.Module.__init__(self)  # without the layers that it replaces
         self.n_head = attn.n_head
         self.joint = memory(*joint(attn.key, attn.value))
-        self.out = Int8Linear(attn.out.weight, attn.out.bias)  # type: ignore[assignment]
+        weight, bias = attn.out.weight, attn.out.bias
+        if gate is not None:
+            weight, bias = torch.cat([weight, gate @ weight]), torch.cat([bias, gate @ bias])
+        self.out = Int8Linear(weight, bias)  # type: ignore[assignment]
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.joint(x).chunk(2, dim=-1)
         return self.split(k), self.split(v)
 
 
-class JointQueryBlock(DecoderBlock):
-    """A block in which the queries of both cross-attentions are one product, `query`."""
+class Int8Block(DecoderBlock):
+    """A block in int8, made of another in its place.
+
+    The queries of both cross-attentions are one product. The gate's hidden layer is linear in y, p and s: its parts are
+    rows of the products that make the queries, p and s.
+    """
 
     query: Int8Linear
 
-    def queries(self, y: Tensor) -> Tensor:
-        return self.query(y).unflatten(-1, (-1, y.shape[-1] // self.n_head)).transpose(1, 2)
+    def put_in_int8(self, memory: Kind) -> None:
+        self.attn = JointSelfAttention(self.attn, Int8Linear)
+        self.mlp = mlp_of(self.mlp, Int8Linear)
+        if self.secondary_attn is None:
+            self.query = Int8Linear(self.cross_attn.query.weight, self.cross_attn.query.bias)
+            self.cross_attn = JointCrossAttention(self.cross_attn, memory)
+            return
+        hidden, _, self.gate = self.gate
+        of_y, of_p, of_s = hidden.weight.chunk(3, dim=1)
+        weight, bias = joint(self.cross_attn.query, self.secondary_attn.query)
+        self.query = Int8Linear(torch.cat([weight, of_y]), torch.cat([bias, hidden.bias]))
+        self.cross_attn = JointCrossAttention(self.cross_attn, memory, of_p)
+        self.secondary_attn = JointCrossAttention(self.secondary_attn, memory, of_s)
+
+    def queries(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.query(y)
+        width = y.shape[-1] * (1 if self.secondary_attn is None else 2)
+        return q[..., :width].unflatten(-1, (-1, y.shape[-1] // self.n_head)).transpose(1, 2), q[..., width:]
+
+    def gated(self, y: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = p.shape[-1] - y.shape[-1]
+        hidden = torch.ops.aten.gelu_(y + p[..., d:] + s[..., d:])
+        # a sum instead of a product, whose kernel depends on the number of rows
+        gate = (hidden * self.gate.weight).sum(dim=-1, keepdim=True).add_(self.gate.bias).sigmoid_()
+        return p[..., :d], s[..., :d], gate
 
 
 class Int8TokenEmbedding(TokenEmbedding):
@@ -205,6 +241,26 @@ class Bf16MemoryDecoder(TextDecoder):
         return [memory.stacked(torch.bfloat16) for memory in self.memories(features)]
 
 
+class ProductMemory(CrossMemory):
+    """A bf16 memory that token steps read as two products.
+
+    For one row `scaled_dot_product_attention` takes up to six times as long where there are no tiles.
+    """
+
+    def read(self, query: Tensor) -> Tensor:
+        if query.shape[2] > MOST_ROWS:
+            return super().read(query)
+        scores = (query * query.shape[-1] ** -0.5).to(self.key.dtype) @ self.key.transpose(2, 3)
+        return (scores.float().softmax(dim=-1).to(self.value.dtype) @ self.value).to(query.dtype)
+
+
+class ProductMemoryDecoder(Bf16MemoryDecoder):
+    """One whose token steps read them as products."""
+
+    def remember(self, features: AudioFeatures) -> list[CrossMemory]:
+        return [ProductMemory(*memory) for memory in super().remember(features)]
+
+
 def quantize_linears(model: Whisper, processor: Processor = PROCESSOR) -> Whisper:
     """Put an fp32 model on the CPU into the processor's fastest types, in place. It can't be trained or saved then.
 
@@ -220,16 +276,11 @@ def quantize_linears(model: Whisper, processor: Processor = PROCESSOR) -> Whispe
         block.attn = JointSelfAttention(block.attn, many)
         block.mlp = mlp_of(block.mlp, many)
     for block in model.decoder.blocks:
-        block.attn = JointSelfAttention(block.attn, Int8Linear)
-        block.mlp = mlp_of(block.mlp, Int8Linear)
-        branches = [attn for attn in (block.cross_attn, block.secondary_attn) if attn is not None]
-        block.query = Int8Linear(*joint(*(attn.query for attn in branches)))  # type: ignore[union-attr, arg-type]
-        block.cross_attn, *second = (JointCrossAttention(attn, many) for attn in branches)
-        block.secondary_attn = second[0] if second else None  # type: ignore[assignment]
-        block.__class__ = JointQueryBlock
+        block.__class__ = Int8Block
+        block.put_in_int8(many)  # type: ignore[operator]
     model.decoder.token_embedding = Int8TokenEmbedding(model.decoder.token_embedding.weight)
     if processor.bf16:
-        model.decoder.__class__ = Bf16MemoryDecoder
+        model.decoder.__class__ = Bf16MemoryDecoder if processor.tiles else ProductMemoryDecoder
     return model
 
 
@@ -247,7 +298,10 @@ def is_quantized(model: Whisper) -> bool:
 
 def mlp_of(mlp: Any, kind: Kind) -> nn.Sequential:
     first, _, last = mlp
-    return nn.Sequential(kind(first.weight, first.bias), InplaceGELU(), kind(last.weight, last.bias))
+    after = (
+        Int8RowsLinear(last.weight, last.bias, below=0.25) if kind is Int8RowsLinear else kind(last.weight, last.bias)
+    )
+    return nn.Sequential(kind(first.weight, first.bias), InplaceGELU(), after)
 
 
 def joint(*linears: nn.Linear) -> tuple[Tensor, Tensor]:

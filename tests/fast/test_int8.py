@@ -6,13 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import MULTILINGUAL, inputs, pair, trained
+from helpers.models import MULTILINGUAL, inputs, mels, pair, talkative, trained
 from whisper.normalizers import EnglishTextNormalizer
 
 from dawhisper import DualOptions, load_model, save_model
+from dawhisper.audio import SAMPLE_RATE, load_audio, log_mel_spectrogram, pad_or_trim
 from dawhisper.device import PROCESSOR, Processor, choose_dtype
 from dawhisper.errors import OptionError
-from dawhisper.fast.int8 import Bf16Convolution, Bf16Linear, Int8Linear, Int8RowsLinear, Packed, quantize_linears
+from dawhisper.fast.int8 import (
+    Bf16Convolution,
+    Bf16Linear,
+    Int8Linear,
+    Int8RowsLinear,
+    Packed,
+    ProductMemory,
+    quantize_linears,
+)
+from dawhisper.kv_cache import KVCache
+from dawhisper.model import AudioFeatures, CrossMemory, Whisper
 
 needs_int8 = pytest.mark.skipif(not PROCESSOR.int8, reason="no int8 kernels for this processor")
 needs_vnni = pytest.mark.skipif(not PROCESSOR.vnni, reason="no 8-bit dot products")
@@ -48,8 +59,9 @@ def test_each_stage_has_the_fastest_type(processor: Processor) -> None:
     assert {type(b.mlp[0]) for b in decoder.blocks} == {type(decoder.token_embedding.output)} == {Int8Linear}
     features = model.encode(inputs()[0])
     assert features.primary.dtype == features.secondary.dtype == model.dtype
-    kept = decoder.remember(features)[0].key.dtype
-    assert kept == (torch.bfloat16 if processor.bf16 else torch.float32)
+    kept = decoder.remember(features)[0]
+    assert kept.key.dtype == (torch.bfloat16 if processor.bf16 else torch.float32)
+    assert isinstance(kept, ProductMemory) == (processor.bf16 and not processor.tiles)
 
 
 @pytest.mark.parametrize("length, stride", [(20, 1), (20, 2), (7, 2)])
@@ -78,15 +90,79 @@ def test_each_row_keeps_its_precision(kind: type[Packed]) -> None:
     assert kind(linear.weight, None)(torch.zeros(2, 64)).eq(0).all()
 
 
+@needs_int8
+@pytest.mark.parametrize("kind", [Int8Linear, pytest.param(Int8RowsLinear, marks=needs_vnni), Bf16Linear])
+@torch.no_grad()
+def test_a_row_gives_the_same_bits_whatever_lies_beside_it(kind: type[Packed]) -> None:
+    torch.manual_seed(0)
+    layer = kind(torch.randn(96, 128), torch.randn(96))
+    x = torch.randn(21, 128) * torch.logspace(-2, 2, 21)[:, None] + torch.randn(21, 1)  # one-sided ones too
+    whole = layer(x)
+    for rows in (slice(4, 5), slice(0, 2), slice(3, 20)):
+        assert torch.equal(layer(x[rows]), whole[rows])
+    assert torch.equal(layer(x.view(3, 7, 128)), whole.view(3, 7, 96))
+
+
 @needs_vnni
 @torch.no_grad()
 def test_one_sided_rows_use_all_codes() -> None:
     """What follows a GELU lies above -0.17: 8 bits for both signs alike would lose one of them."""
     torch.manual_seed(0)
-    linear, x = torch.nn.Linear(256, 32, bias=False), torch.rand(40, 256)
-    expected = linear(x)
-    error = [(kind(linear.weight, None)(x) - expected).norm() for kind in (Int8Linear, Int8RowsLinear)]
-    assert error[1] < 1.1 * error[0]
+    linear, x = torch.nn.Linear(256, 32, bias=False), torch.nn.functional.gelu(2 * torch.randn(40, 256))
+    layers = [Int8RowsLinear(linear.weight, None), Int8RowsLinear(linear.weight, None, below=0.25)]
+    both_signs, above, each = ((layer(x) - linear(x)).norm() for layer in (*layers, Int8Linear(linear.weight, None)))
+    assert above < 0.8 * both_signs
+    assert each < 0.8 * both_signs
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+@torch.no_grad()
+def test_a_memory_read_as_two_products_is_attention(n: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, n, 64), torch.randn(2, 4, 50, 64), torch.randn(2, 4, 50, 64)
+    expected = CrossMemory(key, value, None, None).read(query)
+    memory = ProductMemory(key.bfloat16(), value.bfloat16(), None, None)
+    got = memory.read(query)
+    assert got.dtype == query.dtype
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+    rows = torch.tensor([1])  # as a cache keeps some of its windows
+    kept = memory._replace(key=memory.key[rows], value=memory.value[rows])
+    assert isinstance(kept, ProductMemory)
+    assert torch.equal(kept.read(query[rows]), got[rows])
+
+
+def steps(model: Whisper, features: AudioFeatures, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits after a prompt of two tokens and after each step, [B, n - 1, V]."""
+    cache = KVCache(model.decoder, features)
+    first = cache.first_logits(model.decoder, tokens[:, :2], [1])
+    return torch.cat([first, *(cache.next_logits(model.decoder, t)[:, None] for t in tokens[:, 2:].split(1, 1))], 1)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
+@pytest.mark.parametrize("dual", [None, DualOptions(memory_layers=1)], ids=["single", "dual"])
+@torch.no_grad()
+def test_a_window_gives_the_same_bits_alone_and_in_a_batch(processor: Processor, dual: DualOptions | None) -> None:
+    model = quantize_linears(talkative(trained(dual)) if dual else pair()[0], processor)
+    mel, tokens = mels(5)[..., :1300] * torch.logspace(-1, 1, 5)[:, None, None], inputs(batch=5)[1]
+    together = model.encode(mel)
+    logits = steps(model, together, tokens)
+    for i in range(5):
+        alone = model.encode(mel[i : i + 1])
+        assert torch.equal(alone.secondary, together.secondary[i : i + 1])
+        assert torch.equal(steps(model, alone, tokens[i : i + 1])[0], logits[i])
+
+
+@needs_int8
+@torch.no_grad()
+def test_real_weights_give_the_same_bits_alone_and_in_a_batch(base_path: Path, assets: Path) -> None:
+    for path in (base_path, assets / "dawhisper-base.int8.safetensors"):
+        model = load_model(path, device="cpu", dtype="int8")
+        names = ("speech.opus", "speech_noisy.opus", "speech_quiet.opus")
+        clips = [pad_or_trim(load_audio(str(assets / name)), 5 * SAMPLE_RATE) for name in names]
+        mel = torch.stack([log_mel_spectrogram(clip, model.dims.n_mels) for clip in clips])
+        tokens = torch.tensor([[50258, 50259, 50359, 50363, 370, 300, 264, 12975]]).expand(3, -1)
+        together, features = steps(model, model.encode(mel), tokens), model.encode(mel[1:2])
+        assert torch.equal(steps(model, features, tokens[:1])[0], together[1])
 
 
 @needs_int8
@@ -99,7 +175,7 @@ def test_loaded_in_int8(storage: str, dual: DualOptions | None, tmp_path: Path) 
     exact = load_model(tmp_path / "model.safetensors", device="cpu", dtype="fp32")
     got = load_model(tmp_path / "model.safetensors", device="cpu", dtype="int8")
     left = {name.rpartition(".")[0] for name, module in got.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert left == ({f"decoder.blocks.{i}.gate" for i in range(MULTILINGUAL.n_text_layer)} if dual else set())
+    assert left == ({f"decoder.blocks.{i}" for i in range(MULTILINGUAL.n_text_layer)} if dual else set())
     packed = [module for module in got.modules() if isinstance(module, Packed) and hasattr(module, "bias")]
     blocks = MULTILINGUAL.n_audio_layer + MULTILINGUAL.n_text_layer
     cross = MULTILINGUAL.n_text_layer * (5 if dual else 3)  # a query for both; of each, memory and out
