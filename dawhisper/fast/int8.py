@@ -64,6 +64,11 @@ class Int8Linear(Packed):
         self.bias = torch.zeros(len(weight)) if bias is None else bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:  # one row: the same with its range as numbers, which takes half the time
+            lowest, highest = (each.item() for each in x.aminmax())
+            width = max(highest - lowest, TINY)
+            y = multiply((x - lowest).div_(width), 1 / CODES, 0, self.packed)
+            return torch.add(torch.add(self.bias, self.total, alpha=lowest), y, alpha=width, out=y)
         low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
         span = high.sub_(low).clamp_(min=TINY)
         y = multiply((x - low).div_(span), 1 / CODES, 0, self.packed)
