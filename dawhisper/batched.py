@@ -17,13 +17,14 @@ from typing import Generic, TypeVar
 
 import torch
 from tqdm import tqdm
-from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
+from whisper.audio import FRAMES_PER_SECOND
 from whisper.tokenizer import Tokenizer
 
-from .audio import SampleReader, Source
+from .audio import Source
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .front_end import through
 from .model import AudioFeatures, Whisper
+from .reading import Reading, ReadingProcess
 from .transcription import (
     NBest,
     Segment,
@@ -35,7 +36,7 @@ from .transcription import (
     say,
     warn_of_translated_words,
 )
-from .vad import Chunk, Skip, cut, detector
+from .vad import Chunk, Skip, detector
 from .window import (
     Prompt,
     Split,
@@ -53,7 +54,7 @@ from .window import (
 )
 
 T = TypeVar("T")
-READERS = 4  # recordings that are read at once beside a GPU; a CPU is busy with the model
+READERS = 12  # recordings that are read at once beside a GPU, at 250 to 500 times real time each
 HELD = 20  # windows without speech that are held back until the language is known
 
 
@@ -130,8 +131,13 @@ Read = tuple[BatchedRecording, Chunk | Skip | Exception | None]  # a piece of a 
 
 
 def readers_for(model: Whisper) -> int:
-    """How many recordings to read at once, so that the model need not wait."""
-    return 1 if model.device.type == "cpu" else min(READERS, os.cpu_count() or 1)
+    """How many recordings to read at once, so that the model need not wait; a CPU is busy with the model."""
+    return 1 if model.device.type == "cpu" else readers_beside(1)
+
+
+def readers_beside(devices: int) -> int:
+    """For each of so many GPUs in one machine."""
+    return max(1, min(READERS, (os.cpu_count() or 1) // devices))
 
 
 def transcribe_all(model: Whisper, sources: Sequence[Source], options: TranscribeOptions) -> list[Transcription]:
@@ -162,8 +168,9 @@ def iter_batched(
     detector()  # loaded here, since its import changes torch's threads for a moment
     size = options.batch_size or 1
     again: deque[PendingWindow] = deque()  # what windows left unheard
+    readers, processes = min(readers or READERS, readers_for(model)), model.device.type != "cpu"
     with (
-        closing(read_together(recordings, options, size, min(readers or READERS, readers_for(model)))) as pieces,
+        closing(read_together(recordings, options, size, readers, processes)) as pieces,
         tqdm(unit="s", disable=options.verbose is not False) as bar,
     ):
         while True:
@@ -184,23 +191,25 @@ def iter_batched(
                     yield recording, known
 
 
-def read(recordings: Iterable[BatchedRecording], options: TranscribeOptions) -> Iterator[Read]:
-    """What the recordings hold, one after the other; at the end of each, None or why it could not be read."""
-    for recording in recordings:
-        try:
-            with closing(SampleReader(recording.source, track=options.audio_track)) as reader:
-                for piece in opening_first(recording, pieces_of(reader, recording.settings.over(options))):
+def read(
+    recordings: Iterable[BatchedRecording], options: TranscribeOptions, process: bool = False
+) -> Generator[Read, None, None]:
+    """What the recordings hold, one after the other; at the end of each, None or why it could not be read.
+
+    process: files are read in a process of their own.
+    """
+    with closing(ReadingProcess()) as elsewhere:
+        for recording in recordings:
+            own = recording.settings.over(options)
+            try:
+                clips = clip_frames(own.clip_timestamps)
+                reading = Reading(recording.source, options.audio_track, clips, own.vad_filter, own.vad)
+                pieces = elsewhere.pieces(reading) if process else reading.pieces()
+                for piece in opening_first(recording, pieces):
                     yield recording, piece
-            yield recording, None
-        except Exception as error:  # the other recordings go on
-            yield recording, error
-
-
-def pieces_of(reader: SampleReader, options: TranscribeOptions) -> Iterator[Chunk | Skip]:
-    """The clips of a recording, in windows."""
-    for first, last in clip_frames(options.clip_timestamps):
-        reader.skip_to(first * HOP_LENGTH)
-        yield from cut(reader, None if last is None else last * HOP_LENGTH, options.vad_filter, options.vad)
+                yield recording, None
+            except Exception as error:  # the other recordings go on
+                yield recording, error
 
 
 def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -> Iterator[Chunk | Skip]:
@@ -220,11 +229,18 @@ def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -
 
 
 def read_together(
-    recordings: Iterable[BatchedRecording], options: TranscribeOptions, ahead: int, readers: int
+    recordings: Iterable[BatchedRecording],
+    options: TranscribeOptions,
+    ahead: int,
+    readers: int,
+    processes: bool = False,
 ) -> Generator[Read, None, None]:
-    """What the recordings hold; each of `readers` threads reads the next one there is, `ahead` pieces too early."""
+    """What the recordings hold; each of `readers` threads reads the next one there is, `ahead` pieces too early.
+
+    processes: each thread has a process that reads files for it.
+    """
     shared = OneAtATime(recordings)
-    lanes = deque(ReadAhead(read(shared, options), ahead) for _ in range(readers))
+    lanes = deque(ReadAhead(read(shared, options, processes), ahead) for _ in range(readers))
     try:
         while lanes:
             piece = lanes[0].next()
@@ -252,7 +268,7 @@ class OneAtATime(Iterator[T]):
 class ReadAhead(Generic[T]):
     """Items of which up to `count` are made in a thread before they are asked for."""
 
-    def __init__(self, items: Iterator[T], count: int):
+    def __init__(self, items: Generator[T, None, None], count: int):
         self.items, self.pool = items, ThreadPoolExecutor(1)
         self.coming = deque(self.pool.submit(next, items, None) for _ in range(count))
 
@@ -265,6 +281,7 @@ class ReadAhead(Generic[T]):
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
+        self.items.close()
 
 
 def next_batch(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .audio import load_audio
-from .batched import READERS
+from .batched import readers_beside
 from .bulk.devices import share
 from .bulk.inputs import Input, find_inputs
 from .bulk.outcomes import Outcome, transcribe_inputs
@@ -155,7 +155,7 @@ class FilesWork:
         if not inputs:
             return
         if len(devices) > 1:
-            yield from share(self, devices, inputs, READERS)
+            yield from share(self, devices, inputs, readers_beside(len(devices)))
         else:
             yield from self.run(self.load(devices[0]), inputs)
 

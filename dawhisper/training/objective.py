@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dawhisper.model import Whisper, layer_norm
+from dawhisper.model import AudioFeatures, Whisper, layer_norm
 from dawhisper.trace import Trace
 
 from . import losses
@@ -137,7 +137,7 @@ class Student(nn.Module):
         wanted = model.dual is not None or o.attention
         trace = Trace(attention=bool(o.noise_attention)) if wanted else None
         layers: list[Tensor] = []
-        features = model.encoder(inputs.mel, layers if o.layers else None)
+        features: AudioFeatures = model.encoder(inputs.mel, layers if o.layers else None)
         logits = model.decoder(inputs.tokens, features, trace=trace, dtype=None, held=inputs.held)
         said = None if hypotheses is None else model.decoder(hypotheses.tokens, features, dtype=None)
         if trace is None:
