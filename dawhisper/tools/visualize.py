@@ -91,6 +91,7 @@ def visualize(options: VisualizeOptions) -> list[Path]:
     folder = Path(options.output_dir)
     writable_folder(folder)
     recordings = read_recordings(options)
+    formats_of(options.output_format)  # what is missing is told before the model is loaded
     model = load_model(options.model, device=options.device)
     views = [look(model, audio, title, options, noise) for title, audio, noise in recordings]
     return write_views(views, Path(options.model).stem, folder / Path(options.audio).stem, options.output_format)
@@ -252,8 +253,8 @@ def by_word(x: Tensor, rows: list[slice]) -> Tensor:
 
 
 def write_views(views: Sequence[View], model: str, stem: Path, output_format: str = "all") -> list[Path]:
-    """STEM.json, .html and .png, or one of them. Without matplotlib "all" leaves out the PNG; OptionError if asked."""
-    formats = PICTURE_FORMATS if output_format == "all" else (output_format,)
+    """STEM.json, .html and .png, or one of them; see `formats_of`."""
+    formats = formats_of(output_format)
     data = json.dumps(view_values(views, model), ensure_ascii=False, separators=(",", ":"))
     written = []
     for name in formats:
@@ -263,17 +264,25 @@ def write_views(views: Sequence[View], model: str, stem: Path, output_format: st
         elif name == "html":
             path.write_text(as_html(data, views), encoding="utf-8")
         else:
-            try:
-                from .view_figures import draw_gates, draw_views
+            from .view_figures import draw_gates, draw_views
 
-                figure = draw_gates(views) if name == GATE_ALONE else draw_views(views, model)
-            except ModuleNotFoundError as e:
-                if output_format != "all":
-                    raise OptionError(f"{name} needs {e.name}: pip install 'dawhisper[plot]'") from e
-                continue
+            figure = draw_gates(views) if name == GATE_ALONE else draw_views(views, model)
             figure.savefig(path, dpi=110)
         written.append(path)
     return written
+
+
+def formats_of(output_format: str) -> tuple[str, ...]:
+    """What is written. Without matplotlib "all" leaves out the PNG, and OptionError is raised where it is asked for."""
+    if output_format in ("html", "json"):
+        return (output_format,)
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as e:
+        if output_format != "all":
+            raise OptionError(f"{output_format} needs {e.name}: pip install 'dawhisper[plot]'") from e
+        return ("html", "json")
+    return PICTURE_FORMATS if output_format == "all" else (output_format,)
 
 
 def view_values(views: Sequence[View], model: str) -> dict[str, Any]:

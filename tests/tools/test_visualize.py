@@ -224,7 +224,7 @@ def test_without_matplotlib(
     assert run("visualize", clip, *given) == 0
     assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".html", ".json"]
     for picture in ("png", "gate.png"):
-        assert run("visualize", clip, *given, "-f", picture) == 1
+        assert run("visualize", clip, "--model", tmp_path / "none.pt", "-f", picture) == 1  # before any model is loaded
         assert "dawhisper[plot]" in capsys.readouterr().err
 
 
