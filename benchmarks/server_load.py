@@ -45,7 +45,7 @@ def post(url: str, clip: Path) -> httpx.Response:
 
 def alone(name: str, clips: list[Path]) -> list[str]:
     """The text of each clip by itself."""
-    model = dawhisper.load_model(name, device="cpu")
+    model = dawhisper.load_model(name, device="cpu", dtype="auto")  # as the server does
     began = time.perf_counter()
     texts = [model.transcribe(str(clip), language="en").text.strip() for clip in clips]
     print(f"{len(clips)} clips one after the other: {time.perf_counter() - began:.1f} s", flush=True)
