@@ -77,17 +77,20 @@ def serve(options: ServerOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed request
-    models = load_models(options.models, options.device, options.dtype)
-    device = next(iter(models.values())).device
-    diarizer = pyannote_diarizer(options.hf_token, device) if options.diarize else None
     # each live stream has a place of its own
-    engine = Engine(models, options.batch_size, options.max_queue + options.max_live)
-    for model in models.values():
-        with contextlib.suppress(QueueFull):  # the first request is slower then
-            engine.submit(partial(warm_up, model))
+    engine = Engine({}, options.batch_size, options.max_queue + options.max_live)
     try:
+        # in the thread that decodes: had another one computed in parallel before it, OpenMP would let each core sleep
+        # between two operations, which makes decoding on two cores 1.4 times as long
+        models = engine.submit(partial(load_models, options.models, options.device, options.dtype)).result()
+        engine.models.update(models)
+        device = next(iter(models.values())).device
+        diarizer = pyannote_diarizer(options.hf_token, device) if options.diarize else None
+        for model in models.values():
+            with contextlib.suppress(QueueFull):  # the first request is slower then
+                engine.submit(partial(warm_up, model))
         app = create_app(engine, options, diarizer=diarizer)
-    except OptionError:
+    except Exception:
         engine.close()
         raise
     server = Server(app, options)
