@@ -291,7 +291,7 @@ def _evaluate(
             Appender(Path(options.out), world) as file,
             tqdm(total=total, desc=spec.label, unit="utt", disable=not world.main, dynamic_ncols=True) as bar,
         ):
-            for batch, mixtures in _prefetched(missing, mixer):
+            for batch, mixtures in _mixed(missing, mixer, world.device):
                 rows = _decode(recognize, spec, batch, mixtures, keys, options.gates)
                 file.append(rows)
                 done |= {h.key: h for h in rows}
@@ -306,9 +306,16 @@ def _missing(batch: Batch, keys: Keys, done: dict[str, Hypothesis]) -> Batch:
     return replace(batch, items=[item for item, key in zip(batch.items, keys.of(batch)) if key not in done])
 
 
-def _prefetched(batches: Sequence[Batch], mixer: Mixer) -> Iterator[tuple[Batch, list[Mixture]]]:
-    """The mixtures of a batch are made while the one before it is decoded."""
+def _mixed(batches: Sequence[Batch], mixer: Mixer, device: torch.device) -> Iterator[tuple[Batch, list[Mixture]]]:
+    """Batches with their mixtures, which are made while a GPU decodes the batch before.
 
+    On a CPU they are made in between: beside other threads that compute in parallel OpenMP lets the model's ones sleep
+    between two operations, which makes decoding on two cores 1.1 to 1.2 times as long.
+    """
+    if device.type == "cpu":
+        for batch in batches:
+            yield batch, [mixer(item, batch.condition) for item in batch.items]
+        return
     with ThreadPoolExecutor(4) as pool:
 
         def start(batch: Batch) -> list[Future[Mixture]]:

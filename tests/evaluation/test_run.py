@@ -175,6 +175,15 @@ def test_babble_is_of_other_speakers(data: Path) -> None:
     assert only(items[0], Condition("babble", 0.0)).noise.any()
 
 
+def test_mixtures_are_the_same_made_ahead_of_a_gpu(data: Path) -> None:
+    batches = plan_batches(items_of(data), [Condition("babble", 0.0), Condition("real", 5.0)], False, 2)
+    ahead, between = ([*module._mixed(batches, mixer_of(data), torch.device(name))] for name in ("cuda", "cpu"))
+    assert [batch for batch, _ in ahead] == [batch for batch, _ in between] == batches
+    for (_, made), (_, others) in zip(ahead, between):
+        assert len(made) == len(others) > 0
+        assert all(torch.equal(a.audio, b.audio) for a, b in zip(made, others))
+
+
 def test_babble_of_one_shard(data: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i in range(2):
