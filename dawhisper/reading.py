@@ -93,7 +93,7 @@ class ReadingProcess:
             self.ready.result()
             pickle.dump(reading, self.process.stdin)  # type: ignore[arg-type]
             self.process.stdin.flush()  # type: ignore[union-attr]
-        except (EOFError, BrokenPipeError):  # it could not start, or was killed
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # it could not start, or was killed
             self.usable = False
             self.close()
         return self.usable

@@ -109,8 +109,11 @@ def test_a_process_that_dies_loses_its_file_alone(files: list[Path], process: Re
     assert all(map(same, asked(files[0]).pieces(), process.pieces(asked(files[0]))))
 
 
-def test_one_that_can_not_start_is_done_without(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dawhisper.reading.PROCESS", "raise SystemExit(3)")
+@pytest.mark.parametrize("program", ["raise SystemExit(3)", "print('no answer')"])
+def test_one_that_can_not_start_is_done_without(
+    files: list[Path], program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dawhisper.reading.PROCESS", program)
     process = ReadingProcess()
     for path in files[:3]:
         assert all(map(same, asked(path).pieces(), process.pieces(asked(path))))
