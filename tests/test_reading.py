@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.sound import bursts
 
-from dawhisper.audio import SAMPLE_RATE, to_int16
+from dawhisper.audio import to_int16
 from dawhisper.batched import BatchedRecording, read_together
 from dawhisper.data.manifest import encode_audio
 from dawhisper.errors import AudioError
@@ -20,19 +21,12 @@ from dawhisper.transcription import TranscribeOptions
 from dawhisper.vad import Chunk, Skip, VadOptions
 
 
-def bursts(seconds: float, seed: int) -> np.ndarray:
-    """Noise that comes and goes every second, so that there are pauses to cut at."""
-    n = round(seconds * SAMPLE_RATE)
-    loud = np.arange(n) // SAMPLE_RATE % 2 == 0
-    return (np.random.default_rng(seed).normal(0, 0.1, n) * (0.02 + loud)).astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("files")
     paths = [folder / f"{i}.opus" for i in range(5)]
     for i, path in enumerate(paths):
-        path.write_bytes(encode_audio(to_int16(bursts(20 + 13 * i, i))))
+        path.write_bytes(encode_audio(to_int16(bursts(20 + i, 3, 13 * i + 1))))
     return paths
 
 
@@ -58,7 +52,7 @@ def same(a: Chunk | Skip, b: Chunk | Skip) -> bool:
 
 
 def test_its_pieces_are_those_read_here(files: list[Path], process: ReadingProcess) -> None:
-    sources: list[Path | bytes | np.ndarray] = [*files, files[1].read_bytes(), bursts(40, 9)]
+    sources: list[Path | bytes | np.ndarray] = [*files, files[1].read_bytes(), bursts(20, 3, 17)]
     for source in sources:
         for drop_silence in (False, True):
             reading = asked(source, drop_silence)
