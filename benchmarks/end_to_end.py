@@ -2,12 +2,14 @@
 
     python benchmarks/end_to_end.py MANIFEST --count 1000 --seconds 36 --model base.pt --batch_size 64
     python benchmarks/end_to_end.py MANIFEST --count 1 --seconds 36000 --model base.pt --batch_size 64 --device cuda:0
+    python benchmarks/end_to_end.py MANIFEST ... --without_peer --sample
 
 Makes the files from the clips of a manifest, one after the other with pauses between them; they stay in --folder for
 the next run. Each package has a process of its own, from its start to its last file: imports, loading, decoding of
 files (by PyAV for both), text, subtitles. Both decode greedily. Printed are times real time, from the start and from
 the loaded model on; of dawhisper on one device, how much of the time the model waited for audio; and the GPU's
-utilisation, as nvidia-smi tells it every half second, from the loaded model on.
+utilisation, as nvidia-smi tells it every half second, from the loaded model on. --sample prints where the time of the
+thread went that runs the model, by function and line (sampler.py); where it waits for the GPU is a line too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+from sampler import Sampler
 
+import dawhisper
 from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
 from dawhisper.data.manifest import encode_audio
 
@@ -46,7 +50,10 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--language", default="en")
     parser.add_argument("--without_peer", action="store_true")
+    parser.add_argument("--sample", action="store_true", help="where the model's thread spends its time, on one device")
     args = parser.parse_args()
+    if args.sample and (args.device == "all" or "," in (args.device or "")):
+        parser.error("--sample looks at this process: name one --device")
 
     files = make_files(args)
     hours = args.count * args.seconds / 3600
@@ -55,6 +62,7 @@ def main() -> None:
         "| package | seconds | times real time | without loading | waited for audio | GPU |\n|---|---|---|---|---|---|"
     )
     runs: dict[str, Callable[..., None]] = {"dawhisper": run_ours}
+    sampled = ""
     if not args.without_peer:
         runs["transformers"] = run_transformers
     for name, function in runs.items():
@@ -64,6 +72,8 @@ def main() -> None:
         busy = "-" if result["gpu"] is None else f"{result['gpu']:.0f}%"
         speed = f"{3600 * hours / result['seconds']:.1f} | {3600 * hours / loaded:.1f}"
         print(f"| {name} | {result['seconds']:.1f} | {speed} | {waited} | {busy} |", flush=True)
+        sampled = result.get("sampled", sampled)
+    print(sampled)
 
 
 def make_files(args: argparse.Namespace) -> list[Path]:
@@ -145,9 +155,13 @@ def run_ours(args: argparse.Namespace, files: list[Path], out: Path, told: Any) 
         waited += time.perf_counter() - before
         return made
 
+    sampler = Sampler(Path(dawhisper.__file__).parent)
+
     def loading(*given: Any) -> Any:
         model = load(*given)
         told.send({"loaded": time.time()})
+        if args.sample:
+            sampler.start()
         return model
 
     batched.next_batch, transcribe_files.load_model = timed, loading
@@ -163,6 +177,9 @@ def run_ours(args: argparse.Namespace, files: list[Path], out: Path, told: Any) 
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 (its summary)
     code = command(words)
     told.send({"ended": time.time()} | ({} if several else {"waited": waited}))
+    if args.sample:
+        sampler.stop()
+        told.send({"sampled": sampler.table()})
     sys.exit(code)
 
 

@@ -222,7 +222,7 @@ def imports(file: Path) -> frozenset[str]:
 def third_party_imports(*places: str) -> set[str]:
     """What Python files import, but for the standard library's and the project's own."""
     files = [file for place in places for file in [ROOT / place, *(ROOT / place).rglob("*.py")] if file.is_file()]
-    own = {"dawhisper", "train", "helpers", "tests"}
+    own = {"dawhisper", "train", "helpers", "tests", "sampler"}
     return {name for file in files for name in imports(file)} - sys.stdlib_module_names - own
 
 
