@@ -68,11 +68,15 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How all models decode: greedily, with beams, or as `transcribe` does with its temperature fallback."""
+    """How all models decode: greedily, with beams, or as `transcribe` does with its temperature fallback.
+
+    rerank: of DecodingOptions, for our own models alone.
+    """
 
     beam_size: int | None = None
     fallback: bool = False
     dtype: str = "fp32"
+    rerank: str | None = None
 
 
 class Recognizer(Protocol):
@@ -118,9 +122,13 @@ def behind(specs: Sequence[ModelSpec], front_end: str, mix: float) -> list[Model
     return [replace(spec, label=f"{spec.label}+{front_end}", front_end=front_end, mix=mix) for spec in specs]
 
 
-def check_models(specs: Sequence[ModelSpec], dtype: str | None = None) -> None:
-    """Raise for a model that can't be loaded, before hours are spent on those that stand before it."""
+def check_models(specs: Sequence[ModelSpec], dtype: str | None = None, rerank: str | None = None) -> None:
+    """Raise for a model that can't be loaded or decoded so, before hours are spent on those that stand before it."""
     for spec in specs:
+        if spec.backend and rerank:
+            raise OptionError(
+                f"--model {spec.spec}: {PACKAGES[spec.backend][1]} has no --rerank; give --model {spec.path}"
+            )
         if spec.backend == "openai" and dtype == "bf16":
             raise OptionError(f"--model {spec.spec}: openai-whisper has no bf16; give --dtype fp16 or fp32")
         if spec.backend in ("openai", "hf") and dtype == "int8":
@@ -171,17 +179,20 @@ class Ours:
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         self.model = load_model(spec.path, device=device, dtype=decoding.dtype)
         self.decoding, self.seed = decoding, seed
+        self.searched: dict[str, Any] = {"beam_size": decoding.beam_size, "rerank": decoding.rerank}
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
+        if self.decoding.rerank:
+            torch.manual_seed(self.seed)  # it draws; a batch must not hear of those before it
         if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
             return [self._transcribe(x, language) for x in audio]
-        options = DecodingOptions(language=language, without_timestamps=True, beam_size=self.decoding.beam_size)
+        options = DecodingOptions(language=language, without_timestamps=True, **self.searched)
         return [result.text for result in decode_clips(self.model, audio, options)]
 
     def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
         torch.manual_seed(self.seed)  # the fallback samples; an utterance must not hear of those before it
         options = {} if self.decoding.fallback else {"temperature": 0.0}
-        result = transcribe(self.model, audio, language=language, beam_size=self.decoding.beam_size, **options)
+        result = transcribe(self.model, audio, language=language, **self.searched, **options)
         return result.text.strip()  # type: ignore[union-attr]  # one recording, one result
 
 

@@ -100,6 +100,9 @@ class EvaluateOptions:
     batch_size: int = option(16, "utterances decoded together")
     beam_size: int | None = option(None, "beams; greedy by default")
     fallback: bool = option(False, "decode as transcribe does, with temperature fallback, one at a time", flag=True)
+    rerank: str | None = option(
+        None, "mbr: of beams and samples the text nearest to all samples; dawhisper's models alone", choices=["mbr"]
+    )
     language: str | None = option(None, "of all utterances; auto detects it; the manifest's by default")
     dtype: str | None = option(
         None, "fp16 on a GPU and fp32 elsewhere by default", choices=["fp32", "fp16", "bf16", "int8"]
@@ -149,7 +152,7 @@ def evaluate(options: EvaluateOptions) -> tables.Results | None:
     if options.front_end:
         known_front_end(options.front_end)
         models += recognizers.behind(models, options.front_end, options.front_end_mix)
-    recognizers.check_models(models, options.dtype)
+    recognizers.check_models(models, options.dtype, options.rerank)
     language = None if options.language in (None, "auto") else language_code(str(options.language))
     if options.protocol is None:
         manifests = read_items(options.manifests, language)
@@ -277,7 +280,7 @@ def _evaluate(
 ) -> list[Hypothesis]:
     """A model's hypotheses, those of earlier runs included, in the order of the plan; on the first rank alone."""
     dtype = options.dtype or ("fp16" if world.device.type == "cuda" else "fp32")
-    decoding = Decoding(options.beam_size, options.fallback, dtype)
+    decoding = Decoding(options.beam_size, options.fallback, dtype, options.rerank)
     keys = Keys(spec, decoding, options, mixer)
     done = {h.key: replace(h, model=spec.label) for h in read_hypotheses(Path(options.out))}
     batches = plan_batches(items, wanted, options.language == "auto", options.batch_size)

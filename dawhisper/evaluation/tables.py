@@ -71,6 +71,8 @@ def heading(results: Results) -> str:
     minutes = sum(s.item.seconds for s in utterances) / 60
     decoding = "with temperature fallback" if o["fallback"] else "at temperature 0"
     search = f"{o['beam_size']} beams" if o["beam_size"] else "greedy"
+    if o["rerank"]:
+        search += f", ranked by {o['rerank']}"
     return (
         f"{len(utterances)} utterances, {minutes:.1f} minutes; {search}, {decoding}; batches of {o['batch_size']}; "
         f"mixtures of seed {o['seed']}. WER and CER in %, with 95% bootstrap intervals over utterances."

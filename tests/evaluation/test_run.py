@@ -9,6 +9,7 @@ import tarfile
 import wave
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,20 @@ from helpers.ranks import two_ranks
 
 from dawhisper.checkpoint import load_model
 from dawhisper.cli import main
+from dawhisper.decoding import DecodingOptions
 from dawhisper.errors import CheckpointError, DataError, OptionError
 from dawhisper.evaluation import metrics, tables
 from dawhisper.evaluation import run as module
-from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, conditions, read_items, write_wav
+from dawhisper.evaluation.conditions import (
+    Condition,
+    EvaluationItem,
+    Mixer,
+    conditions,
+    read_items,
+    write_wav,
+)
 from dawhisper.evaluation.gates import noise_dominated, read_gates, summarize
-from dawhisper.evaluation.recognizers import ModelSpec, check_models, parse_models
+from dawhisper.evaluation.recognizers import Decoding, ModelSpec, check_models, load_recognizer, parse_models
 from dawhisper.evaluation.run import EvaluateOptions, evaluate, plan_batches, read_hypotheses
 from dawhisper.evaluation.scores import Hypothesis, Scorer
 from dawhisper.formats.dawhisper import save_model
@@ -283,6 +292,8 @@ def test_bad_models(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         check_models([ModelSpec("x", "hf", str(tmp_path / "gone"))])
     with pytest.raises(CheckpointError, match=r"no such file: .*convert-pt-to-ggml"):
         check_models([ModelSpec("x", "cpp", str(tmp_path))])
+    with pytest.raises(OptionError, match="openai-whisper has no --rerank"):
+        check_models([ModelSpec("x", "openai", "base")], rerank="mbr")
     monkeypatch.setattr(find_spec, lambda name: None)
     packages = {"openai": "openai-whisper", "faster": "faster-whisper", "hf": "transformers", "cpp": "pywhispercpp"}
     for backend, package in packages.items():
@@ -328,6 +339,22 @@ def test_model_names(tmp_path: Path) -> None:
     for spec in ("openai:dawhisper-base", "openai:runs/b/last.safetensors", "hf:dawhisper-base"):
         with pytest.raises(OptionError, match=f"can't load {spec.partition(':')[2]}; give --model"):
             check_models(parse_models([spec]))
+
+
+def test_reranked_texts(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--rerank reaches the decoding of a batch, whose samples don't depend on what was heard before."""
+    asked: list[DecodingOptions] = []
+
+    def drawn(model: Whisper, clips: list[np.ndarray], options: DecodingOptions) -> list[Any]:
+        asked.append(options)
+        return [SimpleNamespace(text=str(torch.rand(()).item())) for _ in clips]
+
+    monkeypatch.setattr("dawhisper.evaluation.recognizers.decode_clips", drawn)
+    clips = [np.zeros(16000, np.float32)] * 2
+    spec = ModelSpec("two", "", str(data / "dual.safetensors"))
+    recognize = load_recognizer(spec, Decoding(beam_size=2, rerank="mbr"), torch.device("cpu"), seed=3)
+    assert recognize(clips, "en") == recognize(clips, "en")
+    assert (asked[0].beam_size, asked[0].rerank, asked[0].language) == (2, "mbr", "en")
 
 
 # ---- a whole run --------------------------------------------------------------------------------------------------
