@@ -3,6 +3,8 @@
     python benchmarks/server_load.py tiny.en.pt MANIFEST --clips 64 --malformed 1000
     python benchmarks/server_load.py base.pt MANIFEST --batch_size 1 16 --repeat 2 --malformed 0
 
+    python benchmarks/server_load.py base.pt MANIFEST --device cuda --batch_size 1 64 --malformed 0
+
 Every clip is transcribed by its own request, all at once, and its text is compared to that of the clip alone
 (`transcribe`); with each --batch_size, by a server started anew. The resident memory and open files of the last server
 are read before and after the malformed requests.
@@ -30,9 +32,9 @@ import dawhisper
 PATH = "/v1/audio/transcriptions"
 
 
-def start(model: str, clips: int, batch_size: int) -> tuple[subprocess.Popen[str], str]:
+def start(model: str, device: str, clips: int, batch_size: int) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "dawhisper", "serve", "--model", model, "--port", "0", "--max_queue", str(clips)]
-    command += ["--max_upload", "5", "--upload_timeout", "5", "--batch_size", str(batch_size)]
+    command += ["--max_upload", "5", "--upload_timeout", "5", "--batch_size", str(batch_size), "--device", device]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     return process, process.stdout.readline().split()[-1]
@@ -43,9 +45,9 @@ def post(url: str, clip: Path) -> httpx.Response:
         return httpx.post(url + PATH, files={"file": f}, data={"language": "en"}, timeout=600)
 
 
-def alone(name: str, clips: list[Path]) -> list[str]:
+def alone(name: str, device: str, clips: list[Path]) -> list[str]:
     """The text of each clip by itself."""
-    model = dawhisper.load_model(name, device="cpu", dtype="auto")  # as the server does
+    model = dawhisper.load_model(name, device=device, dtype="auto")  # as the server does
     began = time.perf_counter()
     texts = [model.transcribe(str(clip), language="en").text.strip() for clip in clips]
     print(f"{len(clips)} clips one after the other: {time.perf_counter() - began:.1f} s", flush=True)
@@ -125,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("manifest", type=Path)
+    parser.add_argument("--device", default="cpu", help="of the server and of the clips alone")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
     parser.add_argument("--repeat", type=int, default=1, help="times that each batch size is measured")
@@ -133,10 +136,10 @@ def main() -> None:
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.manifest.read_text().splitlines()[: min(args.clips, 256)]]
     clips = [args.manifest.parent / line["audio"] for line in lines]
-    expected = [] if args.only_time else alone(args.model, clips)
+    expected = [] if args.only_time else alone(args.model, args.device, clips)
     measured = [size for size in args.batch_size for _ in range(args.repeat)]
     for i, batch_size in enumerate(measured):
-        process, url = start(args.model, len(clips), batch_size)
+        process, url = start(args.model, args.device, len(clips), batch_size)
         try:
             print(f"at once, --batch_size {batch_size}: {all_at_once(url, clips, expected)}", flush=True)
             if args.malformed and i == len(measured) - 1:
@@ -145,7 +148,7 @@ def main() -> None:
             process.terminate()
             process.wait(60)
     if args.malformed:
-        process, url = start(args.model, len(clips), measured[-1])
+        process, url = start(args.model, args.device, len(clips), measured[-1])
         try:
             again = post(url, clips[0])
             same = f", the text as before: {again.json()['text'] == expected[0]}" if expected else ""
