@@ -9,11 +9,15 @@ said twice. Which new words are final is decided by
 - "agreement": two decodings in a row begin with them, LocalAgreement-2 (Liu et al., arXiv:2005.11185; in Whisper:
   Macháček et al., arXiv:2307.14743).
 
+A doubtful decoding makes no word final. Of speakers whom the model hears badly all are doubtful, often to the end of
+the turn; what two in a row begin with is shown nevertheless, as pending text.
+
 Times are in seconds from the stream's beginning. Memory does not grow with the stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -111,12 +115,14 @@ class Update:
 class LiveHypothesis:
     """The words decoded after the final ones, and the window's result.
 
-    doubtful: the text repeats itself, is unlikely, stands for silence, or is longer than what can be said in its time.
+    doubtful: the text repeats itself, is unlikely, stands for silence, or is longer than what can be said in its time;
+    then there are no words. guess: the words of a text that is unlikely and no worse.
     """
 
     words: list[LiveWord]
     result: DecodingResult
     doubtful: bool
+    guess: Sequence[str] = ()
 
 
 class Stream:
@@ -136,6 +142,8 @@ class Stream:
             tokenizer = model_tokenizer(model, self.language)
             self.context = encode_text(tokenizer, self.options.initial_prompt)[-CONTEXT:]
         self.previous: list[LiveWord] = []  # the last hypothesis
+        self.guess: Sequence[str] = ()  # the last decoding's, where it was doubtful
+        self.agreed: Sequence[str] = ()  # what two guesses in a row began with
         self.open: list[LiveWord] = []  # words of the segment that is not closed
         self.closed = 0  # segments
         self.turn: float | None = None  # where the speech of the open turn starts, in seconds
@@ -145,9 +153,14 @@ class Stream:
         """Seconds heard."""
         return (self.start + len(self.buffer)) / SAMPLE_RATE
 
+    @property
+    def pending(self) -> str:
+        """What is shown after the final words."""
+        return text_of(self.previous) or "".join(self.agreed)
+
     def feed(self, samples: np.ndarray) -> Update:
         """Take in samples [n], of any number; decodes when a step of new audio has come."""
-        update = Update(pending=text_of(self.previous))
+        update = Update(pending=self.pending)
         for first in range(0, len(samples), round(PIECE * SAMPLE_RATE)):
             piece = samples[first : first + round(PIECE * SAMPLE_RATE)]
             self.buffer = np.concatenate([self.buffer, piece.astype(np.float32)])
@@ -184,9 +197,11 @@ class Stream:
             return self._end_turn(hypothesis)
         # nobody is shown a doubtful text; the one before it stays until there is a better one
         update = Update() if hypothesis.doubtful else self._commit(hypothesis, self._stable(hypothesis))
+        self.agreed = self.guess[: in_common(self.guess, hypothesis.guess)] or self.agreed
+        self.guess = hypothesis.guess
         if len(self.buffer) > self.options.longest * SAMPLE_RATE:
             update += self._shorten()
-        return replace(update, pending=text_of(self.previous))
+        return replace(update, pending=self.pending)
 
     def _speaks(self, seconds: float) -> bool:
         """Whether somebody speaks in the last seconds (5 ms of work for 1 s, 30 ms for 15 s)."""
@@ -215,7 +230,10 @@ class Stream:
         doubtful = self._is_doubtful(result, longest)
         if doubtful and last:
             result, doubtful = self._decode_otherwise(features, options, result, longest)
-        return LiveHypothesis([] if doubtful else self._timed(prefix, result, features), result, doubtful)
+        if not doubtful:
+            return LiveHypothesis(self._timed(prefix, result, features), result, doubtful)
+        worse = self._loops(result, longest) or self._is_silence(result)
+        return LiveHypothesis([], result, doubtful, () if worse else self._split(result))
 
     def _decode_otherwise(
         self, features: AudioFeatures, options: DecodingOptions, result: DecodingResult, longest: int
@@ -233,6 +251,11 @@ class Stream:
                 return tried[-1], False
         usable = [r for r in tried if not (self._loops(r, longest) or self._is_silence(r))]
         return (max(usable, key=lambda r: r.avg_logprob), False) if usable else (result, True)
+
+    def _split(self, result: DecodingResult) -> list[str]:
+        """The text's words."""
+        tokenizer = model_tokenizer(self.model, result.language, self.options.task)
+        return tokenizer.split_to_word_tokens([token for token in result.tokens if token < tokenizer.eot])[0]
 
     def _most_tokens(self) -> int:
         """How many tokens can have been said after the final words: without an end a loop takes seconds."""
@@ -274,8 +297,7 @@ class Stream:
             n = next((i for i, word in enumerate(words) if word.end > until), len(words))
             # the last word may be a part of a longer one: more must be heard after it
             return n - 1 if words and n == len(words) and words[-1].end > until - self.options.margin else n
-        same = [a.word == b.word for a, b in zip(words, before)]
-        return same.index(False) if False in same else len(same)
+        return in_common([word.word for word in words], [word.word for word in before])
 
     def _is_doubtful(self, result: DecodingResult, longest: int) -> bool:
         """Whether the text repeats itself or the final words, is unlikely, or stands for silence."""
@@ -293,7 +315,7 @@ class Stream:
     def _commit(self, hypothesis: LiveHypothesis, n: int) -> Update:
         """Make the first n words final."""
         words = hypothesis.words[:n]
-        self.previous = hypothesis.words[n:]
+        self.previous, self.guess, self.agreed = hypothesis.words[n:], (), ()
         self.final += words
         if words and self.language is None:
             self.language = hypothesis.result.language
@@ -365,7 +387,7 @@ class Stream:
         if len(self.buffer) <= (self.options.longest + PIECE) * SAMPLE_RATE:
             return Update()
         self._remember(self.final)
-        self.final, self.previous = [], []
+        self.final, self.previous, self.guess, self.agreed = [], [], (), ()
         self._forget(len(self.buffer) // 2)
         return Update()
 
@@ -390,6 +412,12 @@ def warm_up(model: Whisper) -> None:
     tokenizer = model_tokenizer(model, "en")
     decode_windows(model, features, DecodingOptions(language="en", sample_len=TOKENS))
     find_alignment(model, tokenizer, tokenizer.encode(" One, two."), features, mel.shape[-1])
+
+
+def in_common(words: Sequence[str], others: Sequence[str]) -> int:
+    """How many words both begin with."""
+    same = [a == b for a, b in zip(words, others)]
+    return same.index(False) if False in same else len(same)
 
 
 def text_of(words: list[LiveWord]) -> str:

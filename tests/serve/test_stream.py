@@ -229,6 +229,43 @@ def test_what_is_doubtful_at_the_end_is_decoded_again(
     assert all(len(w.logprobs or []) == len(w.tokens) > 0 for w in update.words)
 
 
+def test_what_two_doubtful_texts_begin_with_is_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops, silence and what one text alone says are not shown; a likely text takes their place."""
+    model = pair()[0]
+    tokenizer = model_tokenizer(model, "en")
+    heard = iter(
+        [
+            (SAID, -1.5, 0.1, ""),
+            (" One two tree.", -1.2, 0.1, " One two"),
+            (LOOP, -0.2, 0.1, " One two"),  # what was shown stays
+            (LOOP, -1.5, 0.1, " One two"),
+            (OTHER, -1.5, 0.9, " One two"),
+            (OTHER, -1.5, 0.1, " One two"),
+            (" Four six.", -1.5, 0.1, " Four"),
+            (" Ten eleven.", -0.2, 0.1, " Ten eleven."),
+            (OTHER, -1.5, 0.1, " Ten eleven."),
+            (OTHER, -1.5, 0.1, " Ten eleven."),
+        ]
+    )
+    shown: list[str] = []
+
+    def decoded(model: object, features: AudioFeatures, options: DecodingOptions) -> list[DecodingResult]:
+        said, logprob, no_speech, pending = next(heard)
+        shown.append(pending)
+        tokens, ratio = tokenizer.encode(said), 5.0 if said == LOOP else 1.0
+        made = DecodingResult(features, "en", None, tokens, said, logprob, no_speech, 0.0, ratio)
+        return [replace(made, logprobs=[logprob] * len(tokens))]
+
+    monkeypatch.setattr(vad, "detector", lambda: vad.loudness)
+    monkeypatch.setattr("dawhisper.serve.stream.decode_windows", decoded)
+    stream = Stream(model, StreamOptions(language="en", policy="agreement"))
+    for _ in range(10):
+        update = stream.feed(0.1 * np.ones(16000, np.float32))
+        assert update.words == []
+        assert update.pending == shown[-1]
+    assert len(shown) == 10
+
+
 def test_a_pipe_that_is_ahead_comes_in_larger_pieces() -> None:
     def pieces() -> Iterator[np.ndarray]:
         for i in range(100):
