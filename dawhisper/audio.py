@@ -82,10 +82,10 @@ def load_audio(
         length = len(samples) / sr
         samples = samples[round(start * sr) : None if end is None else round(end * sr)]
     if len(samples) == 0:
-        if length and start >= length:
-            raise AudioError(f"{name}: the part starts at {start:g} s but the recording is {length:.1f} s long")
-        if length:
+        if length and end is not None and round(start * sr) == round(end * sr):
             raise AudioError(f"{name}: no sample lies between {start} s and {end} s; take a longer part")
+        if length:
+            raise AudioError(f"{name}: the part starts at {start:g} s but the recording is {length:.1f} s long")
         raise AudioError(f"{name}: there are no sound samples in it; it may be damaged or cut off, try another copy")
     return samples
 
@@ -94,12 +94,14 @@ class SampleReader:
     """A recording's samples from beginning to end, decoded as they are read, so that a long one takes no more memory.
 
     source, sr, track: as for `load_audio`. Reading raises AudioError where load_audio would.
+    start: seconds; what comes before is left out but for seconds, where the format can be sought.
     """
 
-    def __init__(self, source: Source, sr: int = SAMPLE_RATE, track: int | None = None):
+    def __init__(self, source: Source, sr: int = SAMPLE_RATE, track: int | None = None, start: float = 0.0):
         self.position = 0  # samples read or skipped
-        self._blocks = _stream(source, sr, track)
-        self._left = np.zeros(0, np.float32)  # decoded but not read
+        self._blocks = self._decoded(source, sr, track, start)
+        self._media: Media | None = None
+        self._left = next(self._blocks, np.zeros(0, np.float32)) if start else np.zeros(0, np.float32)  # not read yet
 
     def read(self, n: int) -> np.ndarray:
         """The next samples, float32 [n]; fewer at the end of the recording."""
@@ -121,8 +123,31 @@ class SampleReader:
         while (missing := position - self.position) > 0 and len(self.read(min(missing, N_SAMPLES))):
             pass
 
+    def warn(self) -> None:
+        """Say what was odd so far; at the end of a recording it is said anyway."""
+        if self._media is not None:
+            self._media.warn(None)
+
     def close(self) -> None:
         self._blocks.close()
+
+    def _decoded(self, source: Source, sr: int, track: int | None, start: float) -> Generator[np.ndarray, None, None]:
+        """Float32 samples in blocks of any size, from `position` on."""
+        if not is_file(source):
+            yield load_audio(source, sr)
+            return
+        file, name = _file(source)
+        with opened(file, name, track) as media:
+            self._media = media
+            origin = (media.seek(start) or 0.0) if start else 0.0
+            self.position = n = round(origin * sr)
+            with closing(media.blocks(sr, origin)) as decoded:
+                for block in decoded:
+                    n += len(block)
+                    yield block
+            if n == 0:
+                raise AudioError(unreadable(name, [*media.errors, "there are no sound samples in it"][0]))
+            media.warn(n / sr)
 
 
 def log_mel_spectrogram(
@@ -315,22 +340,6 @@ def _rewind(file: str | BinaryIO) -> None:
     """Go to the beginning of an open file, where it can go back."""
     if not isinstance(file, str) and getattr(file, "seekable", lambda: hasattr(file, "seek"))():
         file.seek(0)
-
-
-def _stream(source: Source, sr: int, track: int | None) -> Generator[np.ndarray, None, None]:
-    """A recording's float32 samples in blocks of any size, from its beginning; AudioError as with load_audio."""
-    if not is_file(source):
-        yield load_audio(source, sr)
-        return
-    file, name = _file(source)
-    n = 0
-    with opened(file, name, track) as media, closing(media.blocks(sr)) as decoded:
-        for block in decoded:
-            n += len(block)
-            yield block
-        if n == 0:
-            raise AudioError(unreadable(name, [*media.errors, "there are no sound samples in it"][0]))
-        media.warn(n / sr)
 
 
 def _collect(media: Media, sr: int, start: float, end: float | None, origin: float) -> tuple[np.ndarray, float]:

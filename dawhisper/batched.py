@@ -24,7 +24,7 @@ from .audio import Source
 from .decoding import DecodingResult, language_code, model_tokenizer
 from .front_end import through
 from .model import AudioFeatures, Whisper
-from .reading import Reading, ReadingProcess
+from .reading import Readers, Reading
 from .transcription import (
     NBest,
     Segment,
@@ -192,24 +192,23 @@ def iter_batched(
 
 
 def read(
-    recordings: Iterable[BatchedRecording], options: TranscribeOptions, process: bool = False
+    recordings: Iterable[BatchedRecording], options: TranscribeOptions, elsewhere: Readers | None = None
 ) -> Generator[Read, None, None]:
     """What the recordings hold, one after the other; at the end of each, None or why it could not be read.
 
-    process: files are read in a process of their own.
+    elsewhere: processes that read files.
     """
-    with closing(ReadingProcess()) as elsewhere:
-        for recording in recordings:
-            own = recording.settings.over(options)
-            try:
-                clips = clip_frames(own.clip_timestamps)
-                reading = Reading(recording.source, options.audio_track, clips, own.vad_filter, own.vad)
-                pieces = elsewhere.pieces(reading) if process else reading.pieces()
-                for piece in opening_first(recording, pieces):
-                    yield recording, piece
-                yield recording, None
-            except Exception as error:  # the other recordings go on
-                yield recording, error
+    for recording in recordings:
+        own = recording.settings.over(options)
+        try:
+            clips = clip_frames(own.clip_timestamps)
+            reading = Reading(recording.source, options.audio_track, clips, own.vad_filter, own.vad)
+            pieces = reading.pieces() if elsewhere is None else elsewhere.pieces(reading)
+            for piece in opening_first(recording, pieces):
+                yield recording, piece
+            yield recording, None
+        except Exception as error:  # the other recordings go on
+            yield recording, error
 
 
 def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -> Iterator[Chunk | Skip]:
@@ -237,10 +236,10 @@ def read_together(
 ) -> Generator[Read, None, None]:
     """What the recordings hold; each of `readers` threads reads the next one there is, `ahead` pieces too early.
 
-    processes: each thread has a process that reads files for it.
+    processes: files are read in as many processes.
     """
-    shared = OneAtATime(recordings)
-    lanes = deque(ReadAhead(read(shared, options, processes), ahead) for _ in range(readers))
+    shared, elsewhere = OneAtATime(recordings), Readers(readers) if processes else None
+    lanes = deque(ReadAhead(read(shared, options, elsewhere), ahead) for _ in range(readers))
     try:
         while lanes:
             piece = lanes[0].next()
@@ -250,6 +249,8 @@ def read_together(
                 yield piece
                 lanes.rotate(-1)
     finally:
+        if elsewhere is not None:
+            elsewhere.close()
         for lane in lanes:
             lane.close()
 

@@ -6,6 +6,7 @@ sample's place is its time in the video. Channels are mixed here, not by ffmpeg,
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SEEK_MARGIN = 1.0  # seconds decoded before `start` so that codecs with memory have settled
+SEEK_MARGIN = 2.0  # seconds decoded before `start` so that codecs with memory have settled
 JITTER = 0.05  # seconds that a frame's time may be off without meaning a gap
 OVERLAP = 1.0  # seconds: a frame that comes this much too early belongs to another recording, joined to the first
 LATEST_START = 60.0  # seconds: sound that starts later was cut out of something longer, and starts at 0
@@ -54,6 +55,7 @@ class Media:
     cut_off: bool = False  # the file lacks its end
     scale: float = 1.0  # of the samples
     peak: float = 0.0  # the loudest so far
+    lead: float = 0.0  # seconds to be left out of the next frames
     gaps: list[tuple[float, float]] = field(default_factory=list)  # seconds, where silence was put between frames
     errors: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
@@ -61,8 +63,9 @@ class Media:
     def blocks(self, sr: int, origin: float = 0.0) -> Generator[np.ndarray, None, None]:
         """Mono float32 blocks at `sr`, of any size, from where the container stands: `origin` seconds."""
         given, mixer = 0, None  # type: int, _Mixer | None
-        for at, frame in self._placed(origin):
+        for at, frame in self._placed(origin - self.lead):
             if mixer is None or at is not None or not mixer.fits(frame):
+                lead = self.lead if mixer is None and at is None else 0.0
                 for block in [] if mixer is None else mixer.rest():
                     given += len(block)
                     yield block
@@ -71,7 +74,7 @@ class Media:
                     block = np.zeros(min(silence, LONGEST_BLOCK), np.float32)
                     given, silence = given + len(block), silence - len(block)
                     yield block
-                mixer = _Mixer(self, frame, sr)
+                mixer = _Mixer(self, frame, sr, lead)
             for block in mixer.add(frame):
                 given += len(block)
                 yield block
@@ -79,7 +82,10 @@ class Media:
             yield from mixer.rest()
 
     def seek(self, start: float) -> float | None:
-        """Move shortly before `start` -> seconds from the beginning to the next frame; None where that fails."""
+        """Move shortly before `start` -> whole seconds from the beginning to what comes next; None where that fails.
+
+        Whole ones, since resampling then goes on as if it had come from the beginning.
+        """
         import av
 
         try:
@@ -95,7 +101,9 @@ class Media:
             self.container.seek(offset, stream=self.stream, backward=True)
         except (av.FFmpegError, OverflowError):
             return None
-        return reached - zero
+        origin = math.ceil(reached - zero)
+        self.lead = origin - (reached - zero)
+        return origin
 
     def warn(self, seconds: float | None) -> None:
         """Say what was odd; `seconds` were decoded, None: not all was asked for."""
@@ -198,11 +206,12 @@ class Media:
 class _Mixer:
     """Frames of one rate and kind -> mono at another rate; a second of them at a time, since frames are short."""
 
-    def __init__(self, media: Media, frame: AudioFrame, sr: int):
+    def __init__(self, media: Media, frame: AudioFrame, sr: int, lead: float):
         import av
 
         self.media, self.sr = media, sr
         self.rate, self.format, self.channels = _kind(frame)
+        self.lead = round(lead * self.rate)
         self.resampler = None if sr == self.rate else av.AudioResampler(format="fltp", layout="mono", rate=sr)
         self.waiting = av.AudioFifo()
         # PyAV reads beyond the memory of planar frames of eight channels and more
@@ -222,20 +231,20 @@ class _Mixer:
                 self.waiting.write(part)
         except (av.FFmpegError, ValueError) as e:  # its channels can't be told apart
             self.media.errors.append(reason(e))
-        if self.waiting.samples >= self.rate:
-            yield from self._mixed()
+        if self.lead and self.waiting.read(self.lead) is not None:
+            self.lead = 0
+        while not self.lead and (second := self.waiting.read(self.rate)) is not None:
+            yield from self._mixed(second)
 
     def rest(self) -> Iterator[np.ndarray]:
-        yield from self._mixed()
+        if not self.lead and (waiting := self.waiting.read()) is not None:
+            yield from self._mixed(waiting)
         if self.resampler is not None:
             yield from (frame.to_ndarray()[0] for frame in self.resampler.resample(None))
 
-    def _mixed(self) -> Iterator[np.ndarray]:
+    def _mixed(self, waiting: AudioFrame) -> Iterator[np.ndarray]:
         import av
 
-        waiting = self.waiting.read()
-        if waiting is None:
-            return
         channels = np.ascontiguousarray(to_float(frame_samples(waiting)))
         if not np.isfinite(channels).all():
             self.media.errors.append("NaN samples")
@@ -285,6 +294,18 @@ def opened(file: str | BinaryIO, name: str, track: int | None = None) -> Iterato
             zero = min(start, 0.0)
         end = None if length is None else length + (start or 0.0) - (zero or 0.0)
         yield Media(name, container, stream, zero, end, cut_off)
+
+
+def sought_length(name: str) -> float | None:
+    """Seconds that a file says it is long; None where it does not say so, is cut off, or its sound is to be chosen."""
+    import av
+
+    try:
+        with open_media(name) as container:
+            told, tracks = container.duration, len(container.streams.audio)
+    except (av.FFmpegError, ValueError, OSError):
+        return None
+    return None if told is None or tracks != 1 or _is_cut_off(name) else told / 1e6
 
 
 def _is_cut_off(file: str | BinaryIO) -> bool:

@@ -33,7 +33,7 @@ from .transcription import (
     say,
     warn_of_translated_words,
 )
-from .vad import Chunk, Skip, VadOptions, cut
+from .vad import Chunk, Skip, VadOptions, cut, judged
 from .window import (
     Prompt,
     Split,
@@ -140,7 +140,7 @@ def first_speech(samples: np.ndarray, parts: list[tuple[int, int]], vad: VadOpti
     """The first and last frame of the part that speech starts in, from there on; of the first part without any."""
     for first, last in parts:
         reader = SampleReader(samples[first * HOP_LENGTH : last * HOP_LENGTH])
-        for piece in cut(reader, None, drop_silence=False, vad=vad):
+        for piece in cut(judged(reader, None), 0, drop_silence=False, vad=vad):
             if isinstance(piece, Chunk) and (found := piece.from_speech()) is not None:
                 return first + found.seek, last
     return parts[0] if parts else (0, len(samples) // HOP_LENGTH)
@@ -154,7 +154,7 @@ def spoken_parts(
     for first, last in clips:
         reader = SampleReader(samples[first * HOP_LENGTH : last * HOP_LENGTH])
         offset = first * HOP_LENGTH / SAMPLE_RATE
-        silent = [s for s in cut(reader, None, drop_silence=True, vad=vad) if isinstance(s, Skip)]
+        silent = [s for s in cut(judged(reader, None), 0, drop_silence=True, vad=vad) if isinstance(s, Skip)]
         silent = [Skip(s.start + offset, s.end + offset, s.why) for s in silent]
         edges = [round(t * FRAMES_PER_SECOND) for s in silent for t in (s.start, s.end)]
         borders = [first, *edges, last]

@@ -32,6 +32,8 @@ THRESHOLD = 0.5  # probability from which on a step is speech
 
 SOON = 31  # steps, 5 s: speech that starts by then leaves enough of the window to tell its language
 
+SILENCE = np.zeros(0, np.float32)  # of no length
+
 Detector = Callable[[np.ndarray], np.ndarray]  # samples [n] -> probability of speech of each frame [n / 512]
 
 
@@ -146,15 +148,40 @@ class Chunk:
         return replace(self, seek=seek, samples=self.samples[first:], speech=self.speech[first // STEP :])
 
 
+@dataclass(frozen=True)
+class Block:
+    """What is read and judged at once: up to 32 s of samples, and the speech of each step."""
+
+    samples: np.ndarray  # [n], n <= 512,000; fewer at the end alone
+    speech: np.ndarray  # [n / 2560], probabilities
+
+
+def judged(reader: SampleReader, end: int | None, before: np.ndarray = SILENCE) -> Iterator[Block]:
+    """What comes from the reader, up to its sample `end`; `before`: the samples before it, where they are to be heard.
+
+    A block's speech depends on its samples and on `CONTEXT` before them alone.
+    """
+    while True:
+        samples = reader.read(BLOCK if end is None else min(BLOCK, end - reader.position))
+        if len(samples):
+            before = before[-CONTEXT:]
+            frames = detector()(np.concatenate([before, samples]))[len(before) // VAD_FRAME :]
+            frames = np.pad(frames, (0, -len(frames) % 5))
+            yield Block(samples, frames.reshape(-1, 5).max(axis=1))
+        if len(samples) < BLOCK:
+            return
+        before = samples
+
+
 def cut(
-    reader: SampleReader, end: int | None, drop_silence: bool, vad: VadOptions = DEFAULT_VAD
+    blocks: Iterator[Block], start: int, drop_silence: bool, vad: VadOptions = DEFAULT_VAD
 ) -> Iterator[Chunk | Skip]:
-    """Cut what comes from the reader, up to its sample `end`, into windows; with `drop_silence`, leave silence out.
+    """Cut blocks, of which the first begins at sample `start`, into windows; with `drop_silence`, leave silence out.
 
     A window that can't hold the rest ends in the latest pause of its last third. Windows don't overlap, and
     together with the skips they cover everything.
     """
-    heard = _Buffer(reader, end, vad)
+    heard = _Buffer(blocks, start, vad)
     while heard.fill():
         if drop_silence:
             if (skip := _skip_silence(heard)) is not None:
@@ -168,25 +195,19 @@ def cut(
 class _Buffer:
     """What was read and judged, and not yet taken: at least 30 s, where there is as much."""
 
-    def __init__(self, reader: SampleReader, end: int | None, vad: VadOptions):
-        self.reader, self.end, self.vad = reader, end, vad
-        self.start = reader.position  # in samples, of what is in here
-        self.samples = self.before = np.zeros(0, np.float32)
-        self.speech = np.zeros(0, np.float32)  # of each step
+    def __init__(self, blocks: Iterator[Block], start: int, vad: VadOptions):
+        self.blocks, self.start, self.vad = blocks, start, vad  # start: in samples, of what is in here
+        self.samples = self.speech = SILENCE
         self.ended = False
 
     def fill(self) -> bool:
         """Read on where there is too little; False at the end."""
         while not self.ended and len(self.speech) <= LONGEST_WINDOW:
-            size = BLOCK if self.end is None else min(BLOCK, self.end - self.reader.position)
-            block = self.reader.read(size)
-            self.ended = len(block) < BLOCK
-            if len(block):
-                frames = detector()(np.concatenate([self.before, block]))[len(self.before) // VAD_FRAME :]
-                frames = np.pad(frames, (0, -len(frames) % 5))
-                self.speech = np.concatenate([self.speech, frames.reshape(-1, 5).max(axis=1)])
-                self.samples = np.concatenate([self.samples, block])
-                self.before = block[-CONTEXT:]
+            block = next(self.blocks, None)
+            self.ended = block is None or len(block.samples) < BLOCK
+            if block is not None:
+                self.speech = np.concatenate([self.speech, block.speech])
+                self.samples = np.concatenate([self.samples, block.samples])
         return bool(len(self.samples))
 
     def take(self, steps: int) -> Chunk:

@@ -22,7 +22,7 @@ from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, Whisper
 from dawhisper.transcription import Settings, TranscribeOptions
-from dawhisper.vad import Chunk, Skip, cut
+from dawhisper.vad import Chunk, Skip, cut, judged
 from dawhisper.window import Split, decode_with_fallback
 
 ENGLISH = {"language": "en", **FAST, **SURE}
@@ -36,7 +36,7 @@ def by_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pieces(audio: np.ndarray, drop_silence: bool = False) -> list[Chunk | Skip]:
-    return list(cut(SampleReader(audio), None, drop_silence))
+    return list(cut(judged(SampleReader(audio), None), 0, drop_silence))
 
 
 # ------------------------------------------------------------------------------------------------- reading, cutting

@@ -6,19 +6,23 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from helpers.sound import bursts
+from helpers.recordings import Recipe, write
+from helpers.sound import bursts, noise, write_wav
 
-from dawhisper.audio import to_int16
+from dawhisper.audio import SAMPLE_RATE, to_int16
 from dawhisper.batched import BatchedRecording, read_together
 from dawhisper.data.manifest import encode_audio
 from dawhisper.errors import AudioError
-from dawhisper.reading import Reading, ReadingProcess
+from dawhisper.reading import Readers, Reading, Span
 from dawhisper.transcription import TranscribeOptions
-from dawhisper.vad import Chunk, Skip, VadOptions
+from dawhisper.vad import BLOCK, Chunk, Skip, VadOptions
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +35,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def process() -> Iterator[ReadingProcess]:
-    process = ReadingProcess()
-    process.asked = 1  # the first one would be read here
-    process.start()
-    assert process.ready is not None
-    assert process.ready.result(timeout=120) is None
-    yield process
-    process.close()
+def readers() -> Iterator[Readers]:
+    """One process, which is ready."""
+    with closing(Readers(1)) as readers:
+        (process,) = readers.processes
+        process.start()
+        assert process.ready is not None
+        assert process.ready.result(timeout=120) is None
+        yield readers
 
 
 def asked(source: Path | bytes | np.ndarray, drop_silence: bool = False) -> Reading:
@@ -51,56 +55,57 @@ def same(a: Chunk | Skip, b: Chunk | Skip) -> bool:
     return a.seek == b.seek and np.array_equal(a.samples, b.samples) and np.array_equal(a.speech, b.speech)
 
 
-def test_its_pieces_are_those_read_here(files: list[Path], process: ReadingProcess) -> None:
+def test_its_pieces_are_those_read_here(files: list[Path], readers: Readers) -> None:
     sources: list[Path | bytes | np.ndarray] = [*files, files[1].read_bytes(), bursts(20, 3, 17)]
     for source in sources:
         for drop_silence in (False, True):
             reading = asked(source, drop_silence)
-            here, there = list(reading.pieces()), list(process.pieces(reading))
+            here, there = list(reading.pieces()), list(readers.pieces(reading))
             assert len(here) == len(there) > 0
             assert all(map(same, here, there))
 
 
-def test_its_warnings_and_errors_are_those_of_reading_here(
-    files: list[Path], process: ReadingProcess, tmp_path: Path
-) -> None:
+def said(pieces: Iterator[Chunk | Skip]) -> tuple[list[Chunk | Skip], list[str], str]:
+    """The pieces, the warnings, and the error."""
+    given, error = [], ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for piece in pieces:
+                given.append(piece)
+        except AudioError as e:
+            error = str(e)
+    return given, [str(w.message) for w in caught], error
+
+
+def test_its_warnings_and_errors_are_those_of_reading_here(files: list[Path], readers: Readers, tmp_path: Path) -> None:
     cut_short, no_sound = tmp_path / "cut.opus", tmp_path / "text.wav"
     cut_short.write_bytes(files[4].read_bytes()[:-3000])
     no_sound.write_text("no sound")
 
-    def said(pieces: Iterator[Chunk | Skip]) -> tuple[list[str], str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                list(pieces)
-                error = ""
-            except AudioError as e:
-                error = str(e)
-        return [str(w.message) for w in caught], error
-
     for source in (cut_short, no_sound, tmp_path / "missing.mp3"):
-        here, there = said(asked(source).pieces()), said(process.pieces(asked(source)))
-        assert here == there
-        assert here[0] or here[1]
-    assert list(process.pieces(asked(files[0])))  # and goes on
+        here, there = said(asked(source).pieces()), said(readers.pieces(asked(source)))
+        assert here[1:] == there[1:]
+        assert here[1] or here[2]
+    assert list(readers.pieces(asked(files[0])))  # and goes on
 
 
-def test_a_recording_that_is_given_up_leaves_nothing_to_the_next(files: list[Path], process: ReadingProcess) -> None:
-    pieces = process.pieces(asked(files[4]))
+def test_a_recording_that_is_given_up_leaves_nothing_to_the_next(files: list[Path], readers: Readers) -> None:
+    pieces = readers.pieces(asked(files[4]))
     next(pieces)
     pieces.close()
-    assert process.process is None
-    assert all(map(same, asked(files[0]).pieces(), process.pieces(asked(files[0]))))
+    assert readers.processes[0].process is None
+    assert all(map(same, asked(files[0]).pieces(), readers.pieces(asked(files[0]))))
 
 
-def test_a_process_that_dies_loses_its_file_alone(files: list[Path], process: ReadingProcess) -> None:
-    pieces = process.pieces(asked(files[4]))
+def test_a_process_that_dies_loses_its_file_alone(files: list[Path], readers: Readers) -> None:
+    pieces = readers.pieces(asked(files[4]))
     next(pieces)
-    assert process.process is not None
-    os.kill(process.process.pid, signal.SIGKILL)
+    assert readers.processes[0].process is not None
+    os.kill(readers.processes[0].process.pid, signal.SIGKILL)
     with pytest.raises(AudioError, match="ended with code"):
         list(pieces)
-    assert all(map(same, asked(files[0]).pieces(), process.pieces(asked(files[0]))))
+    assert all(map(same, asked(files[0]).pieces(), readers.pieces(asked(files[0]))))
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit(3)", "print('no answer')"])
@@ -108,11 +113,11 @@ def test_one_that_can_not_start_is_done_without(
     files: list[Path], program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dawhisper.reading.PROCESS", program)
-    process = ReadingProcess()
-    for path in files[:3]:
-        assert all(map(same, asked(path).pieces(), process.pieces(asked(path))))
-        if process.process is not None:
-            process.process.wait()
+    with closing(Readers(1)) as readers:
+        for path in files[:3]:
+            assert all(map(same, asked(path).pieces(), readers.pieces(asked(path))))
+            if readers.processes[0].process is not None:
+                readers.processes[0].process.wait()
 
 
 def test_threads_with_processes_give_what_they_give_alone(files: list[Path]) -> None:
@@ -131,3 +136,113 @@ def test_threads_with_processes_give_what_they_give_alone(files: list[Path]) -> 
     assert alone.keys() == together.keys() == {str(path) for path in files}
     assert all(len(alone[name]) == len(together[name]) for name in alone)
     assert all(same(a, b) for name in alone for a, b in zip(alone[name], together[name]))
+
+
+# --------------------------------------------------------------------------------------------- spans of a long one
+
+EXACT = {
+    "a.wav": Recipe("pcm_s16le", 16000),
+    "b.wav": Recipe("pcm_s16le", 22050, "stereo"),
+    "a.flac": Recipe("flac", 44100, "stereo"),
+    "a.mp3": Recipe("libmp3lame", 44100),
+    "a.opus": Recipe("libopus"),
+    "a.ogg": Recipe("flac", 32000),
+    "a.m4a": Recipe("aac", 44100, codec_options=(("aac_pns", "0"),)),
+}
+INEXACT = {  # its bands are filled with random numbers; its times are those of milliseconds
+    "b.m4a": Recipe("aac", 44100, bit_rate=32000, codec_options=(("aac_pns", "1"),)),
+    "a.mka": Recipe("libopus"),
+}
+
+
+def written(path: Path, recipe: Recipe, audio: np.ndarray) -> Path:
+    channels = [audio, audio / 2] if recipe.layout == "stereo" else [audio]
+    return write(path, recipe, np.stack(channels))
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two blocks, and of recordings that are not long."""
+    for name, value in (("SPAN", 2 * BLOCK), ("LONG", 100.0), ("LONG_BYTES", 0)):
+        monkeypatch.setattr(f"dawhisper.reading.{name}", value)
+
+
+@pytest.fixture
+def rests(readers: Readers, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The samples from which on recordings were read in one piece."""
+    rests: list[int] = []
+    read = readers.read
+
+    def noted(asked: Any) -> Iterator[Any]:
+        rests.append(asked.first if isinstance(asked, Span) else 0)
+        return read(asked)
+
+    monkeypatch.setattr(readers, "read", noted)
+    return rests
+
+
+@pytest.mark.parametrize("name", [*EXACT, *INEXACT])
+@pytest.mark.usefixtures("spans")
+def test_a_long_recording_in_spans_is_that_read_as_a_whole(
+    name: str, readers: Readers, rests: list[int], tmp_path: Path
+) -> None:
+    recipe = (EXACT | INEXACT)[name]
+    reading = asked(written(tmp_path / name, recipe, noise(220 * recipe.rate / SAMPLE_RATE)))
+    here, there = list(reading.pieces()), list(readers.pieces(reading))
+    assert len(here) == len(there) > 3
+    assert all(map(same, here, there))
+    assert rests == ([] if name in EXACT else [2 * BLOCK])
+
+
+@pytest.mark.usefixtures("spans")
+def test_its_end_may_be_anywhere(readers: Readers, rests: list[int], tmp_path: Path) -> None:
+    for blocks in (6, 6.5, 7, 7.5):
+        path = write_wav(tmp_path / f"{blocks}.wav", noise(blocks * BLOCK / SAMPLE_RATE))
+        assert all(map(same, asked(path).pieces(), readers.pieces(asked(path))))
+    until = replace(asked(path), clips=[(0, 17000)])
+    pieces = list(readers.pieces(until))
+    assert all(map(same, until.pieces(), pieces))
+    assert pieces[-1].seek + pieces[-1].size == 17000
+    assert not rests
+
+
+@pytest.mark.usefixtures("spans")
+def test_where_silence_hides_the_place_the_rest_is_read_as_a_whole(
+    readers: Readers, rests: list[int], tmp_path: Path
+) -> None:
+    path = write_wav(tmp_path / "a.wav", bursts(160, 60, 80))  # the sixth block is silent
+    assert all(map(same, asked(path).pieces(), readers.pieces(asked(path))))
+    assert rests == [6 * BLOCK]
+
+
+@pytest.mark.usefixtures("spans")
+def test_what_is_odd_in_a_span_is_said_once(readers: Readers, tmp_path: Path) -> None:
+    sound = noise(220)
+    mp3 = written(tmp_path / "a.mp3", EXACT["a.mp3"], noise(220 * 44100 / SAMPLE_RATE))
+    content = bytearray(mp3.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
+    damaged, cut_short = tmp_path / "damaged.mp3", tmp_path / "cut.wav"
+    damaged.write_bytes(content)
+    cut_short.write_bytes(write_wav(tmp_path / "a.wav", sound).read_bytes()[:-100_000])
+    gap = write(tmp_path / "gap.mp4", Recipe("libopus", gap=(120.0, 3.0)), np.repeat(sound, 3)[None])
+    quiet = write_wav(tmp_path / "quiet.wav", sound / 1000)
+    channels = np.stack([sound, np.where(np.arange(len(sound)) < 150 * SAMPLE_RATE, sound, -sound)])
+    opposite = write(tmp_path / "opposite.wav", Recipe("pcm_s16le", SAMPLE_RATE, "stereo"), channels)
+    for path in (damaged, cut_short, gap, quiet, opposite):
+        here, there = said(asked(path).pieces()), said(readers.pieces(asked(path)))
+        assert here[1:] == there[1:], path.name
+        assert here[1], path.name
+        assert len(here[0]) == len(there[0])
+        assert all(map(same, here[0], there[0])), path.name
+
+
+@pytest.mark.usefixtures("spans")
+def test_spans_by_a_process_that_dies(readers: Readers, rests: list[int], tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", noise(300))
+    (process,) = readers.processes
+    pieces = readers.pieces(asked(path))
+    first = next(pieces)
+    assert process.process is not None
+    os.kill(process.process.pid, signal.SIGKILL)
+    assert all(map(same, asked(path).pieces(), [first, *pieces]))
+    assert len(rests) == 1

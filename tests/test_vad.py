@@ -13,7 +13,7 @@ from dawhisper.audio import SampleReader
 from dawhisper.cli import main
 from dawhisper.errors import OptionError
 from dawhisper.transcription import TranscribeOptions
-from dawhisper.vad import Chunk, Skip, VadOptions, cut
+from dawhisper.vad import Chunk, Skip, VadOptions, cut, judged
 
 STEP = 0.16
 
@@ -25,7 +25,7 @@ def by_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spoken(audio: np.ndarray, **options: Any) -> list[tuple[float, float]]:
     """What is heard of it, in seconds, with silence left out."""
-    pieces = cut(SampleReader(audio), None, True, VadOptions(**options))
+    pieces = cut(judged(SampleReader(audio), None), 0, True, VadOptions(**options))
     return [(p.seek / 100, p.seek / 100 + len(p.samples) / 16000) for p in pieces if isinstance(p, Chunk)]
 
 
@@ -54,7 +54,7 @@ def test_threshold_and_short_sounds() -> None:
 def test_the_longest_window() -> None:
     audio = bursts(*[1.5, 0.5] * 40)
     for longest in (5.0, 12.0, 30.0):
-        windows = list(cut(SampleReader(audio), None, False, VadOptions(max_speech_duration_s=longest)))
+        windows = list(cut(judged(SampleReader(audio), None), 0, False, VadOptions(max_speech_duration_s=longest)))
         lengths = [len(p.samples) / 16000 for p in windows if isinstance(p, Chunk)]
         assert max(lengths) <= longest and min(lengths[:-1]) > longest / 2
         assert sum(lengths) == pytest.approx(80) and not any(isinstance(p, Skip) for p in windows)

@@ -27,6 +27,7 @@ class Recipe:
     video: bool = False
     bit_rate: int | None = None
     options: tuple[tuple[str, str], ...] = ()
+    codec_options: tuple[tuple[str, str], ...] = ()
 
 
 def write(path: Path, recipe: Recipe, *tracks: np.ndarray) -> Path:
@@ -36,7 +37,8 @@ def write(path: Path, recipe: Recipe, *tracks: np.ndarray) -> Path:
         if recipe.video:
             pictures = container.add_stream("mpeg4", rate=10)
             pictures.width, pictures.height, pictures.pix_fmt = 64, 64, "yuv420p"
-        streams = [container.add_stream(recipe.codec, rate=recipe.rate, layout=recipe.layout) for _ in tracks]
+        made = {"layout": recipe.layout, "options": dict(recipe.codec_options)}
+        streams = [container.add_stream(recipe.codec, rate=recipe.rate, **made) for _ in tracks]
         for stream in streams:
             if recipe.bit_rate:
                 stream.bit_rate = recipe.bit_rate
