@@ -39,6 +39,7 @@ PROCESS = "from dawhisper.reading import answer; answer()"
 SPAN = 10 * BLOCK  # samples, 320 s
 SETTLED = 8.0  # seconds after which a decoder gives the same, wherever it began
 LONG = 4 * SPAN / SAMPLE_RATE  # seconds from which on processes are worth starting for one recording
+PIPE = 1 << 20  # bytes that a pipe holds
 LONG_BYTES = 2_000_000  # a file of fewer is hardly that long, and not looked at
 
 
@@ -125,6 +126,7 @@ class ReadingProcess:
         command = [sys.executable, "-c", PROCESS]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.curdir for entry in sys.path)}
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        widen(self.process.stdout)
         pool = ThreadPoolExecutor(1)
         self.ready = pool.submit(pickle.load, self.process.stdout)  # type: ignore[arg-type]
         pool.shutdown(wait=False)
@@ -285,6 +287,15 @@ def following(last: np.ndarray, blocks: list[Block] | None) -> list[Block] | Non
         return blocks or None
     same = len(blocks) > 1 and np.ptp(last) > 0 and np.array_equal(blocks[0].samples, last)
     return blocks[1:] if same else None
+
+
+def widen(pipe: Any) -> None:
+    """Let a pipe hold more than 64 KiB, where the system can: after each part that it reads a thread waits for Python's
+    lock, for 5 ms beside a busy one."""
+    with suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
 
 
 def is_large(name: str | os.PathLike[str]) -> bool:
