@@ -44,8 +44,10 @@ MARGIN = 0.5  # seconds of a pause that a window takes at either side at most
 A_WORD = 0.5  # seconds that a word takes about, where nothing tells its time
 LEAST_HEARD = 0.4  # of the text's words; less is another text
 WORTH_TELLING = 8  # words in a row that one has and the other does not
-LONG_SENTENCE = 16  # words, behind which a segment also ends in a pause
+LONG_SENTENCE = 16  # words; a longer one also ends in a pause
 PAUSE = 0.5  # seconds
+LONG_SEGMENT = 10.0  # seconds; a longer one also ends in a short pause
+SHORT_PAUSE = 0.1  # seconds between two words; a phrase begins behind it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +80,14 @@ class GivenWord:
 
 @dataclass
 class Rough:
-    """About when each of the given words is spoken, in seconds; `certain` [n]: it was heard."""
+    """About when each of the given words is spoken, in seconds; `certain` [n]: it was heard, `paused` [n]: behind a
+    pause.
+    """
 
     start: np.ndarray
     end: np.ndarray
     certain: np.ndarray
+    paused: np.ndarray
     unsaid: list[tuple[float, float, str]] = field(default_factory=list)  # what was heard, but is not in the text
 
 
@@ -152,6 +157,8 @@ def rough_times(given: Sequence[GivenWord], heard: Sequence[Word], duration: flo
     pairs = [(spoken[i], j) for i, j in matched]
     certain = np.zeros(len(given), bool)
     certain[[i for i, _ in pairs]] = True
+    paused = np.zeros(len(given), bool)
+    paused[[i for i, j in pairs if j and heard[j].start - heard[j - 1].end >= SHORT_PAUSE]] = True
     # words before the first and behind the last one that was heard take time as well
     n, first, last = len(given), pairs[0] if pairs else (0, -1), pairs[-1] if pairs else (0, -1)
     before = max(0.0, heard[first[1]].start - A_WORD * first[0]) if pairs else 0.0
@@ -165,6 +172,7 @@ def rough_times(given: Sequence[GivenWord], heard: Sequence[Word], duration: flo
         np.interp(np.arange(n), places, starts),
         np.interp(np.arange(n), places, ends),
         certain,
+        paused,
         [(words[0].start, words[-1].end, "".join(word.word for word in words)) for words in unsaid],
     )
 
@@ -211,6 +219,18 @@ def windows(given: Sequence[GivenWord], rough: Rough, most_tokens: int) -> Itera
         first = end
 
 
+def phrases(given: Sequence[GivenWord], rough: Rough, first: int, end: int) -> Iterator[range]:
+    """A window's words between the ends of sentences and the pauses that were heard: a phrase's own times keep its
+    first word from taking the pause before it.
+    """
+    start = first
+    for i in range(first + 1, end):
+        if rough.paused[i] or given[i].sentence != given[i - 1].sentence:
+            yield range(start, i)
+            start = i
+    yield range(start, end)
+
+
 def timed_words(
     model: Whisper, tokenizer: Tokenizer, samples: np.ndarray, given: Sequence[GivenWord], rough: Rough
 ) -> list[tuple[int, Word]]:
@@ -228,32 +248,41 @@ def timed_words(
         if not len(clip):
             raise OptionError(f"the text goes on where the recording ends, at {format_timestamp(duration)}")
         features = encode_batch(model, mel_batch(model, [clip]))
-        sentences = [list(group) for _, group in itertools.groupby(range(first, end), key=lambda i: given[i].sentence)]
+        parts = list(phrases(given, rough, first, end))
         texts = [
             TimedText(
                 [t for i in part for t in given[i].tokens], float(rough.start[part[0]]), float(rough.end[part[-1]])
             )
-            for part in sentences
+            for part in parts
         ]
         last_end = made[-1][1].end if made else 0.0
         punctuation = (defaults.prepend_punctuations, defaults.append_punctuations)
         tokens = [token for text in texts for token in text.tokens]
         alignment = find_alignment(model, tokenizer, tokens, features, -(-len(clip) // HOP_LENGTH))
         timed = add_word_times(texts, alignment, start, last_end, *punctuation)
-        made += [(given[part[0]].sentence, word) for part, each in zip(sentences, timed) for word in each.words]
+        made += [(given[part[0]].sentence, word) for part, each in zip(parts, timed) for word in each.words]
     return made
+
+
+def at_pauses(sentence: list[Word]) -> Iterator[list[Word]]:
+    """A long sentence cut at its longest pauses; what takes long, as a text without full stops does, at short ones."""
+    rest = [sentence]
+    while rest:
+        part = rest.pop()
+        pauses = [b.start - a.end for a, b in itertools.pairwise(part)]
+        takes_long = part[-1].end - part[0].start > LONG_SEGMENT
+        if len(part) > LONG_SENTENCE and max(pauses) >= (SHORT_PAUSE if takes_long else PAUSE):
+            cut = pauses.index(max(pauses)) + 1
+            rest += [part[cut:], part[:cut]]
+        else:
+            yield part
 
 
 def into_segments(words: Sequence[tuple[int, Word]], tokenizer: Tokenizer) -> Iterator[Segment]:
     """A segment for each sentence; a long one also ends in pauses."""
     number = 0
     for _, group in itertools.groupby(words, key=lambda pair: pair[0]):
-        sentence = [word for _, word in group]
-        parts = [sentence]
-        if len(sentence) > LONG_SENTENCE:
-            cuts = [i for i, (a, b) in enumerate(itertools.pairwise(sentence), 1) if b.start - a.end >= PAUSE]
-            parts = [sentence[i:j] for i, j in zip([0, *cuts], [*cuts, len(sentence)])]
-        for part in parts:
+        for part in at_pauses([word for _, word in group]):
             text = "".join(word.word for word in part)
             yield Segment(
                 id=number,

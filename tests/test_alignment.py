@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dawhisper import Whisper, Word, load_audio, load_model
-from dawhisper.alignment import GivenWord, align, check_fit, given_words, into_segments, rough_times, windows
+from dawhisper.alignment import GivenWord, align, at_pauses, check_fit, given_words, into_segments, rough_times, windows
 from dawhisper.cli import main
 from dawhisper.decoding import model_tokenizer
 from dawhisper.errors import OptionError
@@ -85,6 +85,25 @@ def test_a_long_recording_and_sentences_on_lines(model: Whisper, assets: Path) -
     assert 28.7 < second.start < 30.5 and 34.5 < second.end < 35.8
     words = [word for segment in result.segments for word in segment.words or ()]
     assert all(a.start <= a.end <= b.start + 0.01 for a, b in itertools.pairwise(words))
+
+
+def test_a_text_without_punctuation(model: Whisper, assets: Path) -> None:
+    """The word behind a pause doesn't take it, and the text is cut there."""
+    clips = [load_audio(assets / name) for name in ("speech_quiet.opus", "speech.opus")]
+    other = "modern printers understand this but it is only practised in the very best establishments"
+    text = f"{TEXT[:-1]} {other}"
+    result = align(model, np.concatenate([clips[0], np.zeros(2 * 16000, np.float32), clips[1]]), text, "en")
+    assert [segment.text.strip() for segment in result.segments] == [TEXT[:-1], other]
+    assert result.segments[1].start == pytest.approx(len(clips[0]) / 16000 + 2, abs=0.5)
+
+
+def test_long_text_is_cut_at_its_longest_pauses() -> None:
+    words = [Word(f" {i}", float(i), i + 1.0, 0.5) for i in range(60)]
+    assert list(at_pauses(words)) == [words]  # nowhere to cut
+    for i, pause in ((9, 0.2), (29, 0.3), (34, 0.1)):
+        words[i] = Word(f" {i}", float(i), i + 1 - pause, 0.5)
+    assert [len(part) for part in at_pauses(words)] == [10, 20, 5, 25]
+    assert [len(part) for part in at_pauses(words[:16])] == [16]
 
 
 def test_the_command(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
