@@ -317,11 +317,11 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
         return []
     front_end = options.front_end, options.front_end_mix
     mel = last_windows(model, [through(job.chunk.samples, *front_end) for job in batch])
-    later = [
-        without_silence(job.window, leading_silence(window[:, : job.chunk.size])) for window, job in zip(mel, batch)
-    ]
+    silent = leading_silence(mel, [job.chunk.size for job in batch])
+    later = [without_silence(job.window, frames) for job, frames in zip(batch, silent)]
     audible = [i for i, split in enumerate(later) if split is None]
-    results = decode_jobs(model, mel[audible], [batch[i] for i in audible], options)
+    heard = mel if len(audible) == len(mel) else mel[audible]
+    results = decode_jobs(model, heard, [batch[i] for i in audible], options)
     decoded = dict(zip(audible, results))
     return [
         split_window(

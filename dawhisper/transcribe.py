@@ -197,7 +197,8 @@ def hear_window(
     last_speech: float,
 ) -> tuple[Split, DecodingResult | None]:
     """A window's segments, and what they were cut from where it was decoded."""
-    later = without_silence(window, leading_silence(recording.mel[:, window.seek : window.end]))
+    (silent,) = leading_silence(recording.mel[None, :, window.seek : window.end], [window.size])
+    later = without_silence(window, silent)
     if later is not None:
         return later, None
     features = encode_window(model, recording.mel, window)

@@ -202,14 +202,19 @@ class Segment:
 
     def to_dict(self) -> dict[str, Any]:
         """openai-whisper's dict of this segment; what was not asked for is not in it."""
-        made = present(asdict(self))
+        made = present(self)
         if self.words is not None:
-            made["words"] = [present(asdict(word)) for word in self.words]
+            made["words"] = [present(word) for word in self.words]
         return made
 
 
-def present(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+def present(made: Segment | Word) -> dict[str, Any]:
+    """The fields that are not None, with lists of its own. (asdict would look at each token.)"""
+    return {
+        name: list(value) if isinstance(value, list) else value
+        for name, value in vars(made).items()
+        if value is not None
+    }
 
 
 @dataclass(frozen=True)

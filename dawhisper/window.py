@@ -164,14 +164,22 @@ def n_best_until(
     return (NBest(window.start, end, list(texts.values())),)
 
 
-def leading_silence(mel: Tensor) -> int:
-    """Frames at the start of a window [n_mels, frames] in which nothing rises above the spectrogram's floor, 80 dB
-    below the maximum.
+def leading_silence(mel: Tensor, sizes: Sequence[int]) -> list[int]:
+    """Frames at the start of each window [B, n_mels, frames], which has so many frames of sound, in which nothing rises
+    above the spectrogram's floor, 80 dB below the maximum.
 
     In digital silence openai-whisper hears "you", and puts the first words behind it into it; here we differ from it.
     """
-    audible = (mel > mel.min()).any(dim=0).nonzero()
-    return int(audible[0]) if len(audible) else mel.shape[-1]
+    behind = frames_behind(mel, sizes)
+    floor = mel.masked_fill(behind[:, None], torch.inf).amin(dim=(1, 2), keepdim=True)
+    audible = (mel > floor).any(dim=1) & ~behind
+    first = audible.int().argmax(dim=1).where(audible.any(dim=1), -1).tolist()  # the GPU is waited for once
+    return [size if frame < 0 else frame for frame, size in zip(first, sizes)]
+
+
+def frames_behind(mel: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Which frames [B, frames] of windows [B, n_mels, frames] come after their sound."""
+    return torch.arange(mel.shape[-1], device=mel.device) >= torch.tensor(sizes, device=mel.device)[:, None]
 
 
 def without_silence(window: Window, silent: int) -> Split | None:
@@ -205,16 +213,17 @@ def padded_frames(model: Whisper, size: int) -> int:
 def mel_batch(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
     """Clips [n] of at most 30 s -> [B, n_mels, N] on the model's device, N the `padded_frames` of the longest."""
     length = padded_frames(model, max(map(len, clips)) // HOP_LENGTH) * HOP_LENGTH
-    audio = np.stack([pad_or_trim(clip, length) for clip in clips])
-    return log_mel_spectrogram(audio, model.dims.n_mels, device=model.device)
+    audio = torch.empty(len(clips), length, pin_memory=model.device.type == "cuda")  # which a GPU reads by itself
+    for row, clip in zip(audio.numpy(), clips):
+        row[: len(clip)] = clip[:length]
+        row[len(clip) :] = 0
+    return log_mel_spectrogram(audio.to(model.device, non_blocking=True), model.dims.n_mels)
 
 
 def last_windows(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
     """As `mel_batch`, but each clip as the last window of a recording: zeros, not silence, follow its frames."""
     mel = mel_batch(model, clips)
-    for window, clip in zip(mel, clips):
-        window[:, len(clip) // HOP_LENGTH :] = 0
-    return mel
+    return mel.masked_fill_(frames_behind(mel, [len(clip) // HOP_LENGTH for clip in clips])[:, None], 0)
 
 
 def encode_batch(model: Whisper, mel: Tensor) -> AudioFeatures:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_SAMPLES
 
 from dawhisper.batched import BatchedRecording
@@ -225,18 +224,18 @@ def transcribe_together(
     prompt = Prompt.of(model, tokenizer, options).tokens(options)
     mel = last_windows(model, clips)
     results = decode_windows(model, encode_batch(model, mel), options.at(options.temperatures()[0], prompt))
+    silences = leading_silence(mel, [len(samples) // HOP_LENGTH for samples in clips])
     return [
-        from_one_window(model, samples, heard, result, options) if known else None
-        for samples, heard, result, known in zip(clips, mel, results, are_known)
+        from_one_window(model, samples, silent, result, options) if known else None
+        for samples, silent, result, known in zip(clips, silences, results, are_known)
     ]
 
 
 def from_one_window(
-    model: Whisper, samples: np.ndarray, mel: Tensor, result: DecodingResult, options: TranscribeOptions
+    model: Whisper, samples: np.ndarray, silent: int, result: DecodingResult, options: TranscribeOptions
 ) -> Transcription | None:
-    """The transcription of a clip [n], with its spectrogram [n_mels, T], where this result is all there is to it."""
+    """The transcription of a clip [n], of which the first `silent` frames are so, where this result is all of it."""
     window = Window(0, len(samples) // HOP_LENGTH)
-    silent = leading_silence(mel[:, : window.size])
     if silent == window.size:
         return Transcription("", [], result.language)
     if without_silence(window, silent) is not None:
