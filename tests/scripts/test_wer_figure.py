@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def test_a_row_for_each_group_and_a_panel_for_each_kind() -> None:
     groups = runpy.run_path(str(ROOT / "benchmarks" / "wer_figure.py"))["read"](
-        ROOT / "docs" / "log" / "2026-11-30-h200-strangers.csv"
+        ROOT / "docs" / "log" / "2026-12-01-h200-transcripts.csv"
     )
     chosen = {name: groups[name] for name in ("all 376 clips", "LibriSpeech and VCTK, 171 clips")}
     panels = wer_figure(chosen).axes
