@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Generic, TypeVar
@@ -54,7 +54,7 @@ from .window import (
 )
 
 T = TypeVar("T")
-READERS = 12  # recordings that are read at once beside a GPU, at 250 to 500 times real time each
+READERS = 12  # processes that read beside a GPU, at 250 to 500 times real time each
 HELD = 20  # windows without speech that are held back until the language is known
 
 
@@ -130,13 +130,8 @@ class PendingWindow:
 Read = tuple[BatchedRecording, Chunk | Skip | Exception | None]  # a piece of a recording, or its end
 
 
-def readers_for(model: Whisper) -> int:
-    """How many recordings to read at once, so that the model need not wait; a CPU is busy with the model."""
-    return 1 if model.device.type == "cpu" else readers_beside(1)
-
-
 def readers_beside(devices: int) -> int:
-    """For each of so many GPUs in one machine."""
+    """Processes that read for each of so many GPUs in one machine, so that it need not wait."""
     return max(1, min(READERS, (os.cpu_count() or 1) // devices))
 
 
@@ -157,20 +152,22 @@ def segments_of_one(model: Whisper, recording: BatchedRecording, options: Transc
 
 
 def iter_batched(
-    model: Whisper, recordings: Iterable[BatchedRecording], options: TranscribeOptions, readers: int | None = None
+    model: Whisper, recordings: Iterable[BatchedRecording], options: TranscribeOptions, readers: Readers | None = None
 ) -> Iterator[tuple[BatchedRecording, list[Segment]]]:
     """Yields a recording and its next segments as they become known; of each one, once, when it is finished.
 
-    Recordings are read ahead of the model, at most `readers` at once and no more than `readers_for` it, and are asked
-    for when they are to be read, so that they may come from a queue.
+    Recordings are read ahead of the model, as many at once as `readers` are for (one beside a CPU, which is busy), and
+    are asked for when they are to be read, so that they may come from a queue.
     """
     warn_of_translated_words(options)
     detector()  # loaded here, since its import changes torch's threads for a moment
     size = options.batch_size or 1
     again: deque[PendingWindow] = deque()  # what windows left unheard
-    readers, processes = min(readers or READERS, readers_for(model)), model.device.type != "cpu"
+    beside_gpu = model.device.type != "cpu"
+    own = Readers(readers_beside(1)) if beside_gpu and readers is None else None
     with (
-        closing(read_together(recordings, options, size, readers, processes)) as pieces,
+        nullcontext() if own is None else closing(own),
+        closing(read_together(recordings, options, size, (readers or own) if beside_gpu else None)) as pieces,
         tqdm(unit="s", disable=options.verbose is not False) as bar,
     ):
         while True:
@@ -192,18 +189,15 @@ def iter_batched(
 
 
 def read(
-    recordings: Iterable[BatchedRecording], options: TranscribeOptions, elsewhere: Readers | None = None
+    recordings: Iterable[BatchedRecording], options: TranscribeOptions, readers: Readers | None = None
 ) -> Generator[Read, None, None]:
-    """What the recordings hold, one after the other; at the end of each, None or why it could not be read.
-
-    elsewhere: processes that read files.
-    """
+    """What the recordings hold, one after the other; at the end of each, None or why it could not be read."""
     for recording in recordings:
         own = recording.settings.over(options)
         try:
             clips = clip_frames(own.clip_timestamps)
             reading = Reading(recording.source, options.audio_track, clips, own.vad_filter, own.vad)
-            pieces = reading.pieces() if elsewhere is None else elsewhere.pieces(reading)
+            pieces = reading.pieces() if readers is None else readers.pieces(reading)
             for piece in opening_first(recording, pieces):
                 yield recording, piece
             yield recording, None
@@ -228,18 +222,14 @@ def opening_first(recording: BatchedRecording, pieces: Iterator[Chunk | Skip]) -
 
 
 def read_together(
-    recordings: Iterable[BatchedRecording],
-    options: TranscribeOptions,
-    ahead: int,
-    readers: int,
-    processes: bool = False,
+    recordings: Iterable[BatchedRecording], options: TranscribeOptions, ahead: int, readers: Readers | None = None
 ) -> Generator[Read, None, None]:
-    """What the recordings hold; each of `readers` threads reads the next one there is, `ahead` pieces too early.
+    """What the recordings hold; each of some threads reads the next one there is, `ahead` pieces too early.
 
-    processes: files are read in as many processes.
+    readers: processes that read files for as many threads as they are to; closed where reading ends early.
     """
-    shared, elsewhere = OneAtATime(recordings), Readers(readers) if processes else None
-    lanes = deque(ReadAhead(read(shared, options, elsewhere), ahead) for _ in range(readers))
+    shared, threads = OneAtATime(recordings), 1 if readers is None else readers.at_once
+    lanes = deque(ReadAhead(read(shared, options, readers), ahead) for _ in range(threads))
     try:
         while lanes:
             piece = lanes[0].next()
@@ -249,8 +239,8 @@ def read_together(
                 yield piece
                 lanes.rotate(-1)
     finally:
-        if elsewhere is not None:
-            elsewhere.close()
+        if lanes and readers is not None:
+            readers.close()
         for lane in lanes:
             lane.close()
 

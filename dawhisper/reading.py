@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -63,12 +63,7 @@ class Reading:
 
     def length(self) -> float | None:
         """Seconds of a long recording of which spans may be read; None of others."""
-        source = self.source
-        whole = len(self.clips) == 1 and self.clips[0][0] == 0
-        if not whole or not isinstance(source, (str, os.PathLike)) or not is_large(source):
-            return None
-        seconds = sought_length(f"file:{os.fsdecode(source)}")
-        return seconds if seconds is not None and seconds >= LONG else None
+        return long_seconds(self.source) if len(self.clips) == 1 and self.clips[0][0] == 0 else None
 
 
 @dataclass(frozen=True)
@@ -175,20 +170,27 @@ class ReadingProcess:
 
 
 class Readers:
-    """Reading processes for as many recordings at once. Those that no recording needs read spans of long ones.
+    """`count` reading processes for up to `at_once` recordings at once; those that none needs read spans of long ones.
 
     They are started when there are more recordings than that, or for a long one; until then, and for what is no file,
     this process reads.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.lock, self.closed = count, Lock(), False
+    def __init__(self, count: int, at_once: int | None = None) -> None:
+        self.count, self.at_once = count, min(at_once or count, count)
+        self.lock, self.closed = Lock(), False
         self.asked = self.long = 0  # recordings so far, and those that are read in spans now
         self.processes = [ReadingProcess() for _ in range(count)]
         self.idle: LifoQueue[ReadingProcess] = LifoQueue()
         for process in self.processes:
             self.idle.put(process)
         self.threads = ThreadPoolExecutor(count)
+
+    def expect(self, sources: Sequence[Source]) -> None:
+        """Start those that will be needed for these, while there is something else to do."""
+        if len(sources) > self.at_once or any(long_seconds(source) is not None for source in sources):
+            for process in self.processes:
+                process.start()
 
     def pieces(self, reading: Reading) -> Iterator[Chunk | Skip]:
         """As `reading.pieces()`; AudioError too where a process dies of it."""
@@ -212,9 +214,10 @@ class Readers:
         """The pieces of a recording or a span, from a process that is ready, or read here."""
         process = self.idle.get()
         try:
-            if self.asked > self.count:
+            is_file = isinstance(asked.source, (str, os.PathLike, bytes))
+            if is_file and self.asked > self.at_once:
                 process.start()
-            if isinstance(asked.source, (str, os.PathLike, bytes)) and process.takes(asked):
+            if is_file and process.takes(asked):
                 for answer in process.answers():
                     if isinstance(answer, Warned):
                         warnings.warn(answer.message, answer.category, stacklevel=2)
@@ -298,12 +301,15 @@ def widen(pipe: Any) -> None:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
 
 
-def is_large(name: str | os.PathLike[str]) -> bool:
-    """Whether it is a file on this machine of some size."""
+def long_seconds(source: Source) -> float | None:
+    """Seconds of a file on this machine of which spans may be read; None of what is none, or not long."""
     try:
-        return Path(name).stat().st_size > LONG_BYTES
+        if not isinstance(source, (str, os.PathLike)) or Path(source).stat().st_size < LONG_BYTES:
+            return None
     except (OSError, ValueError):
-        return False
+        return None
+    seconds = sought_length(f"file:{os.fsdecode(source)}")
+    return seconds if seconds is not None and seconds >= LONG else None
 
 
 def answer() -> None:

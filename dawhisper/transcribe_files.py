@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .files import replacing, writable_folder
 from .hotwords import read_terms
 from .model import Whisper
 from .options import option
+from .reading import Readers
 from .speakers import Diarizer, pyannote_diarizer, with_speakers
 from .transcription import Settings, TranscribeOptions, Transcription
 from .writers import ONLY_BY_NAME, WRITERS
@@ -156,8 +157,11 @@ class FilesWork:
             return
         if len(devices) > 1:
             yield from share(self, devices, inputs, readers_beside(len(devices)))
-        else:
-            yield from self.run(self.load(devices[0]), inputs)
+            return
+        with closing(Readers(readers_beside(1))) as readers:
+            if self.options.batch_size is not None and torch.device(devices[0]).type != "cpu":
+                readers.expect([item.source for item in inputs])
+            yield from self.run(self.load(devices[0]), inputs, readers)
 
     def load(self, device: str) -> Whisper:
         """The model on a device."""
@@ -168,7 +172,7 @@ class FilesWork:
         model.decoder.int8_memory = files.int8_memory  # type: ignore[assignment]
         return model
 
-    def run(self, model: Whisper, inputs: Iterable[Input], readers: int | None = None) -> Iterator[Outcome]:
+    def run(self, model: Whisper, inputs: Iterable[Input], readers: Readers | None = None) -> Iterator[Outcome]:
         """What becomes of each file, once its outputs are written."""
         language = usable_language(model, self.files.model, self.options.decoding.language)
         options = Settings(language).over(self.options)

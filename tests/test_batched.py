@@ -21,6 +21,7 @@ from dawhisper.batched import BatchedRecording, PendingWindow, Slot, iter_batche
 from dawhisper.decoding import DecodingOptions, DecodingResult
 from dawhisper.errors import AudioError, OptionError
 from dawhisper.model import AudioFeatures, Whisper
+from dawhisper.reading import Readers
 from dawhisper.transcription import Settings, TranscribeOptions
 from dawhisper.vad import Chunk, Skip, cut, judged
 from dawhisper.window import Split, decode_with_fallback
@@ -298,7 +299,7 @@ def test_many_readers_give_what_one_gives() -> None:
     def heard_by(readers: int) -> list[list[int | None]]:
         recordings = [BatchedRecording(source) for source in sources]
         seeks: dict[int, list[int | None]] = {id(recording): [] for recording in recordings}
-        for recording, piece in read_together(iter(recordings), options, 2, readers):
+        for recording, piece in read_together(iter(recordings), options, 2, Readers(readers)):
             seeks[id(recording)].append(piece.seek if isinstance(piece, Chunk) else None)
         return list(seeks.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import warnings
@@ -9,18 +10,21 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.recordings import Recipe, write
 from helpers.sound import bursts, noise, write_wav
 
+from dawhisper import batched
 from dawhisper.audio import SAMPLE_RATE, to_int16
-from dawhisper.batched import BatchedRecording, read_together
+from dawhisper.batched import BatchedRecording, iter_batched, read_together
 from dawhisper.data.manifest import encode_audio
 from dawhisper.errors import AudioError
-from dawhisper.reading import Readers, Reading, Span
+from dawhisper.reading import LONG, Readers, Reading, Span
 from dawhisper.transcription import TranscribeOptions
 from dawhisper.vad import BLOCK, Chunk, Skip, VadOptions
 
@@ -123,19 +127,51 @@ def test_one_that_can_not_start_is_done_without(
 def test_threads_with_processes_give_what_they_give_alone(files: list[Path]) -> None:
     options = TranscribeOptions.of(batch_size=2)
 
-    def heard(processes: bool) -> dict[str, list[Chunk | Skip]]:
+    def heard(readers: Readers | None) -> dict[str, list[Chunk | Skip]]:
         recordings = [BatchedRecording(path) for path in files]
         pieces: dict[str, list[Chunk | Skip]] = {}
-        for recording, piece in read_together(iter(recordings), options, 2, 2, processes):
+        for recording, piece in read_together(iter(recordings), options, 2, readers):
             assert not isinstance(piece, Exception)
             if piece is not None:
                 pieces.setdefault(str(recording.source), []).append(piece)
         return pieces
 
-    alone, together = heard(False), heard(True)
+    with closing(Readers(2)) as readers:
+        alone, together = heard(None), heard(readers)
     assert alone.keys() == together.keys() == {str(path) for path in files}
     assert all(len(alone[name]) == len(together[name]) for name in alone)
     assert all(same(a, b) for name in alone for a, b in zip(alone[name], together[name]))
+
+
+def test_processes_are_started_for_what_needs_them(files: list[Path], tmp_path: Path) -> None:
+    long = write_wav(tmp_path / "long.wav", np.zeros(int(LONG + 1) * SAMPLE_RATE))
+    for sources, start in ((files[:2], False), ([bursts(9)], False), (files[:3], True), ([long], True)):
+        with closing(Readers(2)) as readers:
+            readers.expect(sources)
+            assert [process.process is not None for process in readers.processes] == [start, start]
+
+
+def test_beside_a_gpu_files_are_read_elsewhere(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Readers] = []
+    model: Any = SimpleNamespace(device=torch.device("meta"), is_multilingual=True, num_languages=99)
+
+    def noted(count: int) -> Readers:
+        made.append(Readers(2))
+        return made[-1]
+
+    monkeypatch.setattr(batched, "Readers", noted)
+    monkeypatch.setattr(batched, "hear_batch", lambda model, batch, options: [job.window.skip("") for job in batch])
+    options = TranscribeOptions.of(batch_size=2)
+    recordings = [BatchedRecording(path) for path in files]
+    finished = [recording for recording, _ in iter_batched(model, recordings, options) if recording.finished]
+    assert {id(each) for each in finished} == {id(each) for each in recordings}
+    assert all(each.error is None and each.skipped[-1].end == each.duration for each in recordings)
+    for recording, _ in iter_batched(model, [BatchedRecording(path) for path in files], options):
+        assert recording.skipped
+        break  # given up midway
+    gc.collect()
+    assert len(made) == 2
+    assert all(readers.closed and process.process is None for readers in made for process in readers.processes)
 
 
 # --------------------------------------------------------------------------------------------- spans of a long one

@@ -10,7 +10,7 @@ import signal
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing import get_context
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from dawhisper.console import forgive_letters, warn_in_one_line
 from dawhisper.errors import DawhisperError, OptionError, unforeseen
+from dawhisper.reading import Readers
 
 from .inputs import Input
 from .outcomes import Outcome
@@ -32,7 +33,7 @@ class Work(Protocol):
     def load(self, device: str) -> Any:
         """The model, once."""
 
-    def run(self, model: Any, inputs: Iterator[Input], readers: int | None) -> Iterator[Outcome]:
+    def run(self, model: Any, inputs: Iterator[Input], readers: Readers) -> Iterator[Outcome]:
         """What becomes of each, in any order."""
 
 
@@ -56,10 +57,13 @@ class Worker:
 
 
 def share(work: Work, devices: Sequence[str], inputs: Sequence[Input], readers: int) -> Iterator[Outcome]:
-    """What becomes of each recording, as it is known. Raises OptionError where no device can be used."""
+    """What becomes of each recording, as it is known; each device has so many processes that read.
+
+    Raises OptionError where no device can be used.
+    """
     waiting, suspects = deque(inputs), deque[Input]()
-    readers = max(1, min(readers, len(inputs) // len(devices)))  # a process must not hold what another could do
-    workers = [start(work, device, readers) for device in devices]
+    at_once = max(1, min(readers, len(inputs) // len(devices)))  # a process must not hold what another could do
+    workers = [start(work, device, readers, at_once) for device in devices]
     why = ""
     try:
         while workers:
@@ -77,7 +81,7 @@ def share(work: Work, devices: Sequence[str], inputs: Sequence[Input], readers: 
                     if not worker.has_begun:
                         why = why or f"the process of {worker.device} died while it loaded the model (out of memory?)"
                     elif waiting or suspects:
-                        workers.append(start(work, worker.device, readers))
+                        workers.append(start(work, worker.device, readers, at_once))
                     continue
                 if isinstance(message, Outcome):
                     del worker.held[message.item.output]
@@ -125,16 +129,16 @@ def buried(worker: Worker) -> tuple[list[Outcome], list[Input]]:
 # ---- in the process -----------------------------------------------------------------------------------------------
 
 
-def start(work: Work, device: str, readers: int) -> Worker:
+def start(work: Work, device: str, readers: int, at_once: int) -> Worker:
     context = get_context("spawn")  # a forked process can't use a GPU
     here, there = context.Pipe()
-    process = context.Process(target=work_through, args=(work, device, readers, there), daemon=True)
+    process = context.Process(target=work_through, args=(work, device, readers, at_once, there), daemon=True)
     process.start()
     there.close()  # so that its end shows here
     return Worker(device, process, here)
 
 
-def work_through(work: Work, device: str, readers: int, pipe: Connection) -> None:
+def work_through(work: Work, device: str, readers: int, at_once: int, pipe: Connection) -> None:
     """Ask for recordings and answer what became of them, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
     forgive_letters()
@@ -151,9 +155,10 @@ def work_through(work: Work, device: str, readers: int, pipe: Connection) -> Non
 
     try:
         model = work.load(device)
-        while (first := ask()) is not None:
-            for outcome in work.run(model, chain([first], iter(ask, None)), readers):
-                send(outcome)
+        with closing(Readers(readers, at_once)) as reading:
+            while (first := ask()) is not None:
+                for outcome in work.run(model, chain([first], iter(ask, None)), reading):
+                    send(outcome)
     except (EOFError, BrokenPipeError):  # the main process has gone
         return
     except DawhisperError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from dawhisper.batched import BatchedRecording, iter_batched
 from dawhisper.errors import DawhisperError, unforeseen
 from dawhisper.model import Whisper
+from dawhisper.reading import Readers
 from dawhisper.transcribe import segments_of
 from dawhisper.transcription import Segment, TranscribeOptions, Transcription, collect
 
@@ -26,9 +27,9 @@ class Outcome:
 
 
 def transcribe_inputs(
-    model: Whisper, inputs: Iterable[Input], options: TranscribeOptions, readers: int | None = None
+    model: Whisper, inputs: Iterable[Input], options: TranscribeOptions, readers: Readers | None = None
 ) -> Iterator[Outcome]:
-    """Transcribe recordings as they come; `readers` of them are read at once where they fill batches together."""
+    """Transcribe recordings as they come; by `readers` they are read where they fill batches together."""
     if not model.is_multilingual:
         inputs = (replace(item, settings=replace(item.settings, language=None)) for item in inputs)
     if options.batch_size is None:
@@ -58,7 +59,7 @@ def one_by_one(model: Whisper, inputs: Iterable[Input], options: TranscribeOptio
 
 
 def in_batches(
-    model: Whisper, inputs: Iterable[Input], options: TranscribeOptions, readers: int | None
+    model: Whisper, inputs: Iterable[Input], options: TranscribeOptions, readers: Readers | None
 ) -> Iterator[Outcome]:
     """Transcribe recordings in common batches; should one break its batch, those that are begun follow one by one."""
     begun: dict[BatchedRecording, Input] = {}
@@ -79,9 +80,10 @@ def in_batches(
         except Exception:
             alone = list(begun.values())
             begun.clear()
+            readers = None  # they are closed
             for item in alone:
                 try:
-                    yield from batch(model, recordings([item]), begun, options, 1)
+                    yield from batch(model, recordings([item]), begun, options, None)
                 except Exception as error:
                     begun.clear()
                     yield Outcome(item, error=described(error, item.label))
@@ -92,7 +94,7 @@ def batch(
     recordings: Iterator[BatchedRecording],
     begun: dict[BatchedRecording, Input],
     options: TranscribeOptions,
-    readers: int | None,
+    readers: Readers | None,
 ) -> Iterator[Outcome]:
     """Transcribe recordings, of which those leave the table that are finished."""
     try:

@@ -11,6 +11,7 @@ from itertools import islice
 from dawhisper.bulk.inputs import Input
 from dawhisper.bulk.outcomes import Outcome
 from dawhisper.errors import OptionError
+from dawhisper.reading import Readers
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Dying:
             raise OptionError("device none: there is none")
         return device
 
-    def run(self, model: str, inputs: Iterator[Input], readers: int | None) -> Iterator[Outcome]:
+    def run(self, model: str, inputs: Iterator[Input], readers: Readers) -> Iterator[Outcome]:
         while held := list(islice(inputs, 3)):
             if any("bad" in item.label for item in held):
                 os.kill(os.getpid(), signal.SIGKILL)
