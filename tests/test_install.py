@@ -41,7 +41,7 @@ CODE = {
     "vad": ["dawhisper/vad.py"],
     "corpora": ["dawhisper/data/corpora.py"],
     "ray": ["dawhisper/bulk", "tests/bulk"],
-    "front_end": ["dawhisper/front_end.py"],
+    "front_end": ["dawhisper/deepfilternet.py"],
     "diarize": ["dawhisper/speakers.py"],
     "test": ["tests"],
 }
