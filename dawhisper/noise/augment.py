@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES
 from dawhisper.data.loader import padded_samples
+from dawhisper.deepfilternet import load_deepfilternet
 from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
@@ -28,6 +29,8 @@ from .mixing import Mixture, active_samples, frame_energy, length_mask, noise_ga
 from .random_numbers import between, step_generator
 from .recordings import NoiseBank
 
+CLEANED = 4  # stream of its random numbers, beside those of training/batches.py
+TOGETHER = 16  # clips that are cleaned at once, which bounds the memory
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
 NOISE_KINDS = ("real", "babble", *MADE)
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
@@ -82,7 +85,9 @@ class AugmentOptions:
     real, babble, white, pink, brown, shaped: weights of the kinds. talkers: bounds of the number of voices in a babble.
     vary_prob: share of the real noises that are played at another speed (`vary_speed`) through a random filter with a
     deviation of `vary_db`, so that few recordings sound like many. noise_room_prob: share of the noisy clips whose
-    noise passes through a room response of its own.
+    noise passes through a room response of its own. cleaned_prob: share of all clips, clean ones too, that are heard
+    through DeepFilterNet (deepfilternet.py), with bounds of its share, `cleaned_mix`: for a model that is to stand
+    behind `--front_end deepfilternet`.
     """
 
     noise_prob: float = 0.8
@@ -103,6 +108,8 @@ class AugmentOptions:
     vary_speed: tuple[float, float] = (0.7, 1.4)
     vary_db: float = 5.0
     noise_room_prob: float = 0.0
+    cleaned_prob: float = 0.0
+    cleaned_mix: tuple[float, float] = (0.3, 1.0)
     talkers: tuple[int, int] = (3, 8)
     reverb_prob: float = 0.2
     reverb_seconds: float = 2.0
@@ -124,7 +131,7 @@ class AugmentOptions:
                 raise OptionError(f"{name} must lie between 0 and 1, not {value}")
             if name in NOISE_KINDS and value < 0:
                 raise OptionError(f"{name} is a weight and can't be negative, not {value}")
-            if name in ("snr", "mild_snr", "gain_db", "talkers", "vary_speed") and (
+            if name in ("snr", "mild_snr", "gain_db", "talkers", "vary_speed", "cleaned_mix") and (
                 len(value) != 2 or value[0] > value[1]
             ):
                 raise OptionError(f"{name} must be two numbers in order, not {value}")
@@ -181,6 +188,8 @@ class Augment:
             raise OptionError("noise is asked for but no kind has a weight: give noise files, or set noise_prob to 0")
         if options.speed_prob > 0:
             speed_changer(SPEEDS[0], torch.device("cpu"))  # a torchaudio that doesn't load is found here, not at a step
+        if options.cleaned_prob > 0:
+            load_deepfilternet()  # and a package that is missing
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed, "snr": list(self.snr)}
@@ -224,6 +233,7 @@ class Augment:
             true_snr.index_fill_(0, rows, -math.inf)
         heard = self._room(speech, lengths, chosen["reverb"] & ~only, g) + noise
         self._channel(heard, lengths, chosen["codec"], chosen["clip"], g)
+        self._clean(heard, lengths, self.generator(step, CLEANED))
         return Mixture(heard, speech, noise, true_snr, lengths, kind)
 
     def _weights(self, batch: int) -> list[float]:
@@ -343,3 +353,14 @@ class Augment:
             rows = onto(x.device, index)
             limit = x[rows].abs().amax(-1, keepdim=True) * onto(x.device, ceiling[index])[:, None]
             x.index_copy_(0, rows, torch.maximum(torch.minimum(x[rows], limit), -limit))
+
+    def _clean(self, x: Tensor, lengths: Tensor, g: torch.Generator) -> None:
+        """Some clips as DeepFilterNet leaves them, mixed with how they were. In place."""
+        o = self.options
+        index = torch.nonzero(torch.rand(len(x), generator=g) < o.cleaned_prob).flatten()
+        mix = between(o.cleaned_mix, len(x), g)
+        for some in index.split(TOGETHER) if len(index) else ():
+            rows, share = onto(x.device, some), onto(x.device, mix[some])[:, None]
+            heard = x[rows]
+            cleaned = load_deepfilternet(str(x.device))(heard) * length_mask(lengths[rows], x.shape[-1])
+            x.index_copy_(0, rows, torch.lerp(heard, cleaned, share))

@@ -108,6 +108,21 @@ def test_plain_noise_is_clean_plus_noise_in_the_asked_range() -> None:
     assert torch.allclose(resumed(speech, lengths, 1).snr_db, torch.full((6,), -20.0), atol=0.1)
 
 
+def test_cleaned_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The asked share of the clips is heard through DeepFilterNet, in part; what is drawn for all else stays."""
+    options = dataclasses.replace(EVERYTHING, cleaned_prob=0.5, cleaned_mix=(0.6, 0.6))
+    monkeypatch.setattr(noise, "load_deepfilternet", lambda device="cpu": lambda x: x + 2)
+    audio, lengths = voices(64)
+    plain, cleaned = augment()(audio, lengths, 3), augment(options)(audio, lengths, 3)
+    added = cleaned.audio - plain.audio
+    heard = torch.arange(added.shape[1]) < cleaned.lengths[:, None]
+    chosen = added[:, 0] > 1
+    assert 20 < chosen.sum() < 44
+    torch.testing.assert_close(added[~chosen], torch.zeros_like(added[~chosen]))
+    torch.testing.assert_close(added[chosen][heard[chosen]], torch.tensor(1.2).expand(int(heard[chosen].sum())))
+    assert torch.equal(cleaned.clean, plain.clean) and torch.equal(cleaned.snr_db, plain.snr_db)
+
+
 def test_off_and_clean_leave_the_audio_untouched() -> None:
     speech, lengths = voices()
     for options in (AugmentOptions.off(), dataclasses.replace(EVERYTHING, clean_prob=1.0, noise_only_prob=0.0)):
