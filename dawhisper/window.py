@@ -171,8 +171,9 @@ def leading_silence(mel: Tensor, sizes: Sequence[int]) -> list[int]:
     In digital silence openai-whisper hears "you", and puts the first words behind it into it; here we differ from it.
     """
     behind = frames_behind(mel, sizes)
-    floor = mel.masked_fill(behind[:, None], torch.inf).amin(dim=(1, 2), keepdim=True)
-    audible = (mel > floor).any(dim=1) & ~behind
+    lowest, highest = mel.aminmax(dim=1)  # of each frame
+    floor = lowest.masked_fill(behind, torch.inf).amin(dim=1, keepdim=True)
+    audible = (highest > floor) & ~behind
     first = audible.int().argmax(dim=1).where(audible.any(dim=1), -1).tolist()  # the GPU is waited for once
     return [size if frame < 0 else frame for frame, size in zip(first, sizes)]
 
