@@ -40,9 +40,8 @@ def hear(model: Whisper, items: list[EvaluationItem], mixer: Mixer, condition: C
     rows = []
     for item, result in zip(items, heard):
         assert isinstance(result, Transcription)
-        words = [
-            (piece, word, s) for s in result.segments for word in s.words for piece in normalize(word.word).split()
-        ]
+        spoken = [(word, segment) for segment in result.segments for word in segment.words or ()]
+        words = [(piece, word, segment) for word, segment in spoken for piece in normalize(word.word).split()]
         reference = normalize(item.utterance.text or "").split()
         right = {j for _, j in common(reference, [piece for piece, _, _ in words])}
         rows += [
@@ -91,7 +90,12 @@ def auc(p: np.ndarray, right: np.ndarray) -> float:
     return float(above)
 
 
-def judge(rows: list[dict], fitted_on: list[dict] | None) -> None:
+def read_words(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def judge(rows: list[dict], fitted_on: list[dict]) -> None:
+    """Print what there is to say of the words, and where `fitted_on` has some of the fits on them."""
     right = np.array([row["right"] for row in rows])
     found = {"as it is": np.array([row["p"] for row in rows])}
     for name, names in FITS.items() if fitted_on else ():
@@ -131,11 +135,7 @@ def main() -> None:
     judging.add_argument("--fit", type=Path, help="words that logistic regressions are fitted on")
     args = parser.parse_args()
     if args.command == "judge":
-        rows, fitted_on = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path else None
-            for path in (args.words, args.fit)
-        )
-        judge(rows, fitted_on)
+        judge(read_words(args.words), read_words(args.fit) if args.fit else [])
         return
     items = [
         some[i]
