@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dawhisper import Transcription, Whisper, load_model
+from dawhisper import Transcription, Whisper, load_model, transcribe
 from dawhisper.edits import common
 from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, read_items
 from dawhisper.evaluation.metrics import normalizer
@@ -36,7 +36,7 @@ def hear(model: Whisper, items: list[EvaluationItem], mixer: Mixer, condition: C
     """The words of each clip, with what is known of them."""
     normalize = normalizer("english", "en")
     clips = [mixer(item, condition).audio[0].numpy() for item in items]
-    heard = model.transcribe(clips, language="en", word_timestamps=True, batch_size=batch)
+    heard = transcribe(model, clips, language="en", word_timestamps=True, batch_size=batch)
     rows = []
     for item, result in zip(items, heard):
         assert isinstance(result, Transcription)

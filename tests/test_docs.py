@@ -75,6 +75,12 @@ def commands(path: Path) -> list[str]:
     return found
 
 
+def test_no_table_holds_what_is_no_number() -> None:
+    for path in [*DOCUMENTS, ROOT / "MODEL_CARD.md", *(ROOT / "docs" / "log").glob("*.md")]:
+        wrong = [line for line in path.read_text("utf-8").splitlines() if re.search(r"\|.*\b[+-]?(nan|inf)\b%?", line)]
+        assert not wrong, f"{path}: {wrong[0]}"
+
+
 def test_documents_have_commands() -> None:
     assert {path.name for path in DOCUMENTS} >= {"README.md", "transcribe.md", "adapt.md", "serve.md", "compare.md"}
     without = ("architecture.md", "compare.md", "install.md", "results.md")
