@@ -167,9 +167,7 @@ class DeepFilterNet(nn.Module):
         level, bins = 10 * (power + 1e-10).log10(), spectrum[..., :FILTERED]
         level = (level - running_mean(level, torch.linspace(-60, -90, len(BANDS)))) / 40
         bins = torch.view_as_real(bins / running_mean(bins.abs(), torch.linspace(1e-3, 1e-4, FILTERED)).sqrt())
-        level, bins = (
-            F.pad(x[:, AHEAD:].transpose(1, -1), (0, AHEAD)).transpose(1, -1) for x in (level, bins.flatten(2))
-        )
+        level, bins = (F.pad(x[:, AHEAD:], (0, 0, 0, AHEAD)) for x in (level, bins.flatten(2)))
         return level[:, None], bins.unflatten(-1, (FILTERED, 2)).permute(0, 3, 1, 2)
 
     def decide(self, level: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +184,7 @@ class DeepFilterNet(nn.Module):
         return self.gains(heard, e0, e1, e2, e3), self.coefficients(heard, c0)
 
     def gains(self, heard: Tensor, e0: Tensor, e1: Tensor, e2: Tensor, e3: Tensor) -> Tensor:
+        """What the encoder heard [B, S, 512], and its layers' outputs -> gains [B, S, E] in 0 to 1"""
         c, (wide2, wide1), (inside, outside) = self.band_convolutions, self.band_widening, self.band_linear
         x = F.relu(inside(heard))
         for gru in self.band_gru:
@@ -197,6 +196,7 @@ class DeepFilterNet(nn.Module):
         return c[5](F.relu(c[4](e0)) + x).sigmoid()[:, 0]
 
     def coefficients(self, heard: Tensor, c0: Tensor) -> Tensor:
+        """What the encoder heard [B, S, 512], and its first look at the bins -> complex [B, S, 96, ORDER]"""
         (inside, skip, outside) = self.filter_linear
         x = F.relu(inside(heard))
         for gru in self.filter_gru:
