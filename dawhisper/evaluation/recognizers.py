@@ -182,10 +182,9 @@ class Ours:
         self.searched: dict[str, Any] = {"beam_size": decoding.beam_size, "rerank": decoding.rerank}
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
-        if self.decoding.rerank:
-            torch.manual_seed(self.seed)  # it draws; a batch must not hear of those before it
         if self.decoding.fallback or max(map(len, audio)) > N_SAMPLES:
             return [self._transcribe(x, language) for x in audio]
+        torch.manual_seed(self.seed)  # reranking samples; a batch must not hear of those before it
         options = DecodingOptions(language=language, without_timestamps=True, **self.searched)
         return [result.text for result in decode_clips(self.model, audio, options)]
 

@@ -232,8 +232,7 @@ class Stream:
             result, doubtful = self._decode_otherwise(features, options, result, longest)
         if not doubtful:
             return LiveHypothesis(self._timed(prefix, result, features), result, doubtful)
-        worse = self._loops(result, longest) or self._is_silence(result)
-        return LiveHypothesis([], result, doubtful, () if worse else self._split(result))
+        return LiveHypothesis([], result, doubtful, () if self._is_worthless(result, longest) else self._split(result))
 
     def _decode_otherwise(
         self, features: AudioFeatures, options: DecodingOptions, result: DecodingResult, longest: int
@@ -249,7 +248,7 @@ class Stream:
             tried += decode_windows(self.model, features, replace(options, temperature=temperature))
             if not self._is_doubtful(tried[-1], longest):
                 return tried[-1], False
-        usable = [r for r in tried if not (self._loops(r, longest) or self._is_silence(r))]
+        usable = [r for r in tried if not self._is_worthless(r, longest)]
         return (max(usable, key=lambda r: r.avg_logprob), False) if usable else (result, True)
 
     def _split(self, result: DecodingResult) -> list[str]:
@@ -301,8 +300,11 @@ class Stream:
 
     def _is_doubtful(self, result: DecodingResult, longest: int) -> bool:
         """Whether the text repeats itself or the final words, is unlikely, or stands for silence."""
-        unsure = needs_fallback(self.model, result, self.thresholds)
-        return unsure or self._loops(result, longest) or self._is_silence(result)
+        return needs_fallback(self.model, result, self.thresholds) or self._is_worthless(result, longest)
+
+    def _is_worthless(self, result: DecodingResult, longest: int) -> bool:
+        """Whether the text is a loop or stands for silence, so that nothing of it is of use."""
+        return self._loops(result, longest) or self._is_silence(result)
 
     def _loops(self, result: DecodingResult, longest: int) -> bool:
         """Whether the text repeats itself or the final words, or has not ended after as much as can be said."""
