@@ -69,18 +69,27 @@ def log_odds(p: np.ndarray) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
 def fit(x: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Coefficients of a logistic regression, by Newton's method."""
     w = np.zeros(x.shape[1])
     for _ in range(30):
-        p = 1 / (1 + np.exp(-x @ w))
+        p = sigmoid(x @ w)
         w += np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-3 * np.eye(len(w)), x.T @ (right - p) - 1e-3 * w)
     return w
 
 
+def bins_of(p: np.ndarray) -> list[np.ndarray]:
+    """Which probabilities [n] lie in each of ten bins."""
+    places = (p * BINS).astype(int).clip(0, BINS - 1)
+    return [places == b for b in range(BINS)]
+
+
 def calibration_error(p: np.ndarray, right: np.ndarray) -> float:
-    bins = (p * BINS).astype(int).clip(0, BINS - 1)
-    gaps = [abs((p - right)[bins == b].sum()) for b in range(BINS)]
+    gaps = [abs((p - right)[some].sum()) for some in bins_of(p)]
     return float(sum(gaps) / len(p))
 
 
@@ -100,7 +109,7 @@ def judge(rows: list[dict], fitted_on: list[dict]) -> None:
     found = {"as it is": np.array([row["p"] for row in rows])}
     for name, names in FITS.items() if fitted_on else ():
         w = fit(features(fitted_on, names), np.array([row["right"] for row in fitted_on]))
-        found[f"fit of {name} ({', '.join(f'{x:.2f}' for x in w)})"] = 1 / (1 + np.exp(-features(rows, names) @ w))
+        found[f"fit of {name} ({', '.join(f'{x:.2f}' for x in w)})"] = sigmoid(features(rows, names) @ w)
     where = np.array([row["condition"] for row in rows])
     for name, p in found.items():
         print(name)
@@ -112,10 +121,7 @@ def judge(rows: list[dict], fitted_on: list[dict]) -> None:
                 f"{100 * p[some].mean():.1f}%, ECE {100 * calibration_error(p[some], right[some]):.1f}%, "
                 f"Brier {brier:.3f}, AUC {auc(p[some], right[some]):.3f}"
             )
-        bins = (p * BINS).astype(int).clip(0, BINS - 1)
-        shares = [
-            f"{100 * right[bins == b].mean():.0f} of {(bins == b).sum()}" for b in range(BINS) if (bins == b).any()
-        ]
+        shares = [f"{100 * right[some].mean():.0f} of {some.sum()}" for some in bins_of(p) if some.any()]
         print(f"  % right by tenths: {'; '.join(shares)}")
 
 

@@ -2,7 +2,6 @@
 
     python benchmarks/server_load.py tiny.en.pt MANIFEST --clips 64 --malformed 1000
     python benchmarks/server_load.py base.pt MANIFEST --batch_size 1 16 --repeat 2 --malformed 0
-
     python benchmarks/server_load.py base.pt MANIFEST --device cuda --batch_size 1 64 --malformed 0
 
 Every clip is transcribed by its own request, all at once, and its text is compared to that of the clip alone
