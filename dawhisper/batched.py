@@ -306,7 +306,7 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     if not batch:
         return []
     front_end = options.front_end, options.front_end_mix, model.device
-    mel = last_windows(model, [through(job.chunk.samples, *front_end) for job in batch])
+    mel = last_windows(model, through([job.chunk.samples for job in batch], *front_end))
     silent = leading_silence(mel, [job.chunk.size for job in batch])
     later = [without_silence(job.window, frames) for job, frames in zip(batch, silent)]
     audible = [i for i, split in enumerate(later) if split is None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ FILTERED = 96  # bins that are filtered over time; those above have a gain for e
 ORDER, AHEAD = 5, 2  # frames that a filter reads, and how many of them lie ahead
 DECAY = 0.99  # of the running means that the features are measured against: a second
 RUN_UP, SPAN = 5, 30  # seconds that a span of a recording hears before its own, and of its own
+TOGETHER = 16  # as many such spans are taken at once, which bounds the memory
 SILENCE = 800  # samples at 16 kHz behind a span, in which the ends of its resampling ring
 
 
@@ -210,15 +212,25 @@ class DeepFilterNet(nn.Module):
         near = F.pad(bins.transpose(1, 2), (ORDER - 1 - AHEAD, AHEAD)).unfold(-1, ORDER, 1)  # [B, 96, S, ORDER]
         return (near.transpose(1, 2) * coefficients).sum(-1)
 
-    def enhanced(self, samples: np.ndarray) -> np.ndarray:
-        """Samples [n] -> [n], in spans that each hear what was before them, so that memory does not grow with n."""
+    def enhanced(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Samples [n] of each recording -> [n], several at once on a GPU.
+
+        Longer ones are taken in spans that each hear what was before them, so that memory does not grow with n.
+        """
         run_up, span = RUN_UP * SAMPLE_RATE, SPAN * SAMPLE_RATE
-        whole = torch.from_numpy(np.asarray(samples, np.float32))
-        spans = 1 + max(0, -(-(len(whole) - run_up - span) // span))
-        padded = F.pad(whole, (0, run_up + spans * span - len(whole))) if spans > 1 else whole
-        heard = padded.unfold(0, len(padded) - (spans - 1) * span, span)  # each begins with what was before it
-        made = torch.cat([self(some.to(self.window.device)).cpu() for some in heard.split(1)])
-        return torch.cat([made[0], made[1:, run_up:].flatten()])[: len(samples)].numpy()
+        ends = [max(len(x) - run_up, min(len(x), 1)) for x in recordings]  # no span begins there or later
+        starts = [(i, k) for i, end in enumerate(ends) for k in range(0, end, span)]
+        spans = sorted(((recordings[i][k : k + run_up + span], i, k) for i, k in starts), key=lambda one: len(one[0]))
+        made = [np.empty(len(x), np.float32) for x in recordings]
+        device, at_once = self.window.device, 1 if self.window.device.type == "cpu" else TOGETHER
+        for first in range(0, len(spans), at_once):
+            some = spans[first : first + at_once]
+            heard = [torch.from_numpy(np.asarray(samples, np.float32)) for samples, _, _ in some]
+            rows = self(nn.utils.rnn.pad_sequence(heard, batch_first=True).to(device)).cpu().numpy()
+            for row, (samples, i, k) in zip(rows, some):
+                own = run_up if k else 0  # where its own begins
+                made[i][k + own : k + len(samples)] = row[own : len(samples)]
+        return made
 
 
 def resampled(x: Tensor, factor: float) -> Tensor:

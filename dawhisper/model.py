@@ -200,7 +200,7 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, dims: ModelDimensions):
         super().__init__()
-        d, self.n_head = dims.n_audio_state, dims.n_audio_head
+        d, self.n_head, self.n_mels = dims.n_audio_state, dims.n_audio_head, dims.n_mels
         self.conv1 = nn.Conv1d(dims.n_mels, d, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(d, d, kernel_size=3, stride=2, padding=1)
         self.register_buffer("positional_embedding", sinusoids(dims.n_audio_ctx, d))
@@ -231,17 +231,32 @@ class AudioEncoder(nn.Module):
         weighed = share * layer_norm(x)  # layers differ in scale
         return weighed if mixed is None else mixed + weighed
 
-    def forward(self, mel: Tensor, layers: list[Tensor] | None = None) -> AudioFeatures:
-        """mel [B, n_mels, 2T] -> features [B, T, d] of both branches; `layers` gets each output (of own ones)."""
+    @property
+    def hears_twice(self) -> bool:
+        """Whether the secondary may be given a spectrogram of its own."""
+        return len(self.secondary_blocks) == len(self.blocks)
+
+    def convolved(self, mel: Tensor) -> Tensor:
+        """mel [B, n_mels, 2T] -> what the layers hear, [B, T, d]"""
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2).contiguous()  # else every layer after it works on strides
         if x.shape[1] > self.positional_embedding.shape[0]:
             raise ValueError(f"{mel.shape[-1]} frames do not fit the encoder's {2 * len(self.positional_embedding)}")
-        x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # under autocast the layers stay in half precision
+        return x + self.positional_embedding[: x.shape[1]].to(x.dtype)  # layers stay in half precision under autocast
+
+    def forward(self, mel: Tensor, layers: list[Tensor] | None = None) -> AudioFeatures:
+        """mel [B, n_mels, 2T] -> features [B, T, d] of both branches; `layers` gets each output (of own ones).
+
+        Of a mel [B, 2 n_mels, 2T] the secondary's layers hear the second half instead, if it has all of its own.
+        """
+        first, *second = mel.split(self.n_mels, dim=1)
+        if second and not self.hears_twice:
+            raise ValueError("a second spectrogram needs a secondary with its own copies of all encoder layers")
+        x = self.convolved(first)
         own, mixed = x, None  # what the secondary's own layers hear, and its mixture of the others
         for layer, block in enumerate(self.blocks):
             if layer == len(self.blocks) - len(self.secondary_blocks):
-                own = x
+                own = self.convolved(second[0]) if second else x
             x = maybe_checkpoint(self, block, x)
             if layers is not None and not self.secondary_blocks:
                 layers.append(x)

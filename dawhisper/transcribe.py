@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH, N_FRAMES, N_SAMPLES, SAMPLE_RATE
 from whisper.tokenizer import Tokenizer
 
-from .audio import SampleReader, Source, is_samples, load_audio, log_mel_spectrogram, pad_or_trim
+from .audio import SampleReader, Source, is_samples, load_audio, pad_or_trim
 from .batched import BatchedRecording, segments_of_one, transcribe_all
 from .console import show
 from .decoding import DecodingResult, language_code, model_tokenizer
@@ -42,6 +43,7 @@ from .window import (
     encode_window,
     last_word_end,
     leading_silence,
+    log_mel,
     padded_frames,
     split_window,
     spoken,
@@ -106,8 +108,8 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = clip_frames(options.clip_timestamps)
     samples = load_audio(audio, track=options.audio_track)
-    samples = through(samples, options.front_end, options.front_end_mix, model.device)
-    mel = log_mel_spectrogram(samples, model.dims.n_mels, padding=N_SAMPLES, device=model.device)
+    (heard,) = through([samples], options.front_end, options.front_end_mix, model.device)
+    mel = log_mel(model, torch.from_numpy(np.atleast_2d(heard)).to(model.device), padding=N_SAMPLES)
     frames = mel.shape[-1] - N_FRAMES
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]
     skipped: list[Skip] = []

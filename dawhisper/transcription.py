@@ -21,7 +21,7 @@ from whisper.utils import format_timestamp
 from .console import show
 from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
-from .front_end import FRONT_END_MIX, known_front_end
+from .front_end import FRONT_END_MIX, known_front_end, shares_of
 from .options import option
 from .ranking import Alternative
 from .timing import Word
@@ -51,7 +51,7 @@ class TranscribeOptions:
     vad: what counts as speech there, and how long windows are; its fields are given as vad_threshold and so on, or
         together as the dict `vad_parameters`.
     front_end: an enhancer that the recording goes through first, "deepfilternet" or a callable (front_end.py);
-        front_end_mix: its share, between 0 and 1, of what is heard.
+        front_end_mix: its share, between 0 and 1, of what is heard; two: of what each branch hears.
     logprobs: give each segment's and word's tokens their log probabilities.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
@@ -77,7 +77,9 @@ class TranscribeOptions:
     front_end: str | Callable[[np.ndarray], np.ndarray] | None = option(  # noqa: RUF009 - a field, as all of them
         None, "clean the recording first", choices=["deepfilternet"]
     )
-    front_end_mix: float = option(FRONT_END_MIX, "share of the cleaned recording; the rest stays as it is")
+    front_end_mix: Sequence[float] | float = option(
+        FRONT_END_MIX, "share of the cleaned recording, the rest stays as it is; two: the share for each branch"
+    )
     vad: VadOptions = DEFAULT_VAD
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
@@ -108,8 +110,7 @@ class TranscribeOptions:
         if (decoding.n_best or 1) > (decoding.beam_size or decoding.best_of or 1):
             raise OptionError(f"n_best {decoding.n_best} needs a beam_size as large, or best_of with a temperature")
         seek_points(made.clip_timestamps)
-        if not 0 <= made.front_end_mix <= 1:
-            raise OptionError(f"front_end_mix lies between 0 and 1, not {made.front_end_mix}")
+        shares_of(made.front_end_mix)
         if made.front_end is not None:
             known_front_end(made.front_end)
         return made

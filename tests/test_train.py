@@ -22,7 +22,7 @@ import train
 from dawhisper.checkpoint import load_model, read_config
 from dawhisper.errors import OptionError
 from dawhisper.formats.dawhisper import save_model
-from dawhisper.model import DualOptions, ModelDimensions, Whisper
+from dawhisper.model import AudioEncoder, DualOptions, ModelDimensions, Whisper
 from dawhisper.training.objective import Student, Teacher
 from dawhisper.training.surgery import shrink
 
@@ -233,6 +233,24 @@ def test_freezing_changes_only_the_rest(world: dict[str, Path], tmp_path: Path, 
     assert bool(gate.any()) == ("secondary" not in frozen)
 
 
+def test_the_branches_hear_apart(world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the secondary branch hears through the cleaner, the primary does not, and both learn."""
+    monkeypatch.setattr("dawhisper.noise.augment.load_deepfilternet", lambda device="cpu": lambda x: x * 0)
+    heard: list[torch.Tensor] = []
+    encode = AudioEncoder.forward
+
+    def listen(self: AudioEncoder, mel: torch.Tensor, *rest: Any) -> Any:
+        heard.append(mel)
+        return encode(self, mel, *rest)
+
+    monkeypatch.setattr(AudioEncoder, "forward", listen)
+    apart = ("augment.cleaned_prob=1", "augment.cleaned_mix=[1,1]", "augment.cleaned_apart=1")
+    losses = run(world, tmp_path, *apart, "model.branch.memory_layers=-1", "loop.steps=3")
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    both = [mel for mel in heard if mel.shape[1] == 160]  # the teacher hears 80 bands
+    assert len(both) == 3 and all(mel[:, :80].std() > 0.1 and mel[:, 80:].std() == 0 for mel in both)
+
+
 def test_the_distil_recipe_takes_a_dual_teacher(world: dict[str, Path], tmp_path: Path) -> None:
     """configs/distil.yaml as it is, on a small dual model with base's number of layers."""
     torch.manual_seed(1)
@@ -370,6 +388,7 @@ def test_out_of_memory_says_what_to_lower(
         ("loop.precision=fp16", "needs a GPU"),
         ("model.decoder_layers=[0, 7]", "layers 0 to 2"),
         ("model.branch.memory_layers=9", "the encoder has 3 layers"),
+        ("augment.cleaned_apart=0.5", "set model.branch.memory_layers=-1"),
         ("loop.fsdp=true", "torchrun"),
     ],
 )

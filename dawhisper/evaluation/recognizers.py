@@ -23,7 +23,7 @@ from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
 from dawhisper.decoding import DecodingOptions
 from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
 from dawhisper.formats.huggingface import hide_broken_torchaudio
-from dawhisper.front_end import through
+from dawhisper.front_end import Shares, through
 from dawhisper.transcribe import transcribe
 from dawhisper.window import decode_clips
 
@@ -47,7 +47,7 @@ class ModelSpec:
     backend: str
     path: str
     front_end: str = ""
-    mix: float = 0.0
+    mix: Shares = 0.0
 
     @property
     def spec(self) -> str:
@@ -117,7 +117,7 @@ def _parse(name: str) -> ModelSpec:
     return ModelSpec(label, backend, path)
 
 
-def behind(specs: Sequence[ModelSpec], front_end: str, mix: float) -> list[ModelSpec]:
+def behind(specs: Sequence[ModelSpec], front_end: str, mix: Shares) -> list[ModelSpec]:
     """The same models, each behind an enhancer."""
     return [replace(spec, label=f"{spec.label}+{front_end}", front_end=front_end, mix=mix) for spec in specs]
 
@@ -170,7 +170,7 @@ class Cleaned:
         self.recognize, self.spec, self.device = recognize, spec, device
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
-        return self.recognize([through(x, self.spec.front_end, self.spec.mix, self.device) for x in audio], language)
+        return self.recognize(through(audio, self.spec.front_end, self.spec.mix, self.device), language)
 
 
 class Ours:

@@ -29,7 +29,7 @@ from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
 from dawhisper.files import json_lines
-from dawhisper.front_end import FRONT_END_MIX, known_front_end
+from dawhisper.front_end import FRONT_END_MIX, known_front_end, shares_of
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
 from dawhisper.options import option
@@ -114,7 +114,9 @@ class EvaluateOptions:
     front_end: str | None = option(
         None, "measure every model behind this cleaner too", choices=["deepfilternet"], metavar="NAME"
     )
-    front_end_mix: float = option(FRONT_END_MIX, "share of the cleaned recording", metavar="SHARE")
+    front_end_mix: Sequence[float] | float = option(
+        FRONT_END_MIX, "share of the cleaned recording; two: the share for each branch", metavar="SHARE"
+    )
     gates: bool = option(True, "leave out the gate and attention of dual models", flag=True)
     plots: bool = option(True, "leave out the PNGs", flag=True)
 
@@ -129,8 +131,7 @@ class EvaluateOptions:
             raise OptionError(f"unknown dtype {self.dtype!r}; use one of {', '.join(EVALUATED_DTYPES)}, int8")
         if self.language not in (None, "auto"):
             language_code(str(self.language))
-        if not 0 <= self.front_end_mix <= 1:
-            raise OptionError(f"front_end_mix lies between 0 and 1, not {self.front_end_mix}")
+        shares_of(self.front_end_mix)
         metrics.normalizer(self.normalizer, None)
         if self.protocol is not None:
             protocol = known_protocol(self.protocol)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES
 from dawhisper.data.loader import padded_samples
-from dawhisper.deepfilternet import load_deepfilternet
+from dawhisper.deepfilternet import TOGETHER, load_deepfilternet
 from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
@@ -30,7 +30,6 @@ from .random_numbers import between, step_generator
 from .recordings import NoiseBank
 
 CLEANED = 4  # stream of its random numbers, beside those of training/batches.py
-TOGETHER = 16  # clips that are cleaned at once, which bounds the memory
 SPEEDS = (0.9, 0.95, 1.05, 1.1)
 NOISE_KINDS = ("real", "babble", *MADE)
 NOISE_LEVELS = {"low": (10.0, 25.0), "medium": (0.0, 20.0), "high": (-5.0, 10.0)}  # dB
@@ -87,7 +86,7 @@ class AugmentOptions:
     deviation of `vary_db`, so that few recordings sound like many. noise_room_prob: share of the noisy clips whose
     noise passes through a room response of its own. cleaned_prob: share of all clips, clean ones too, that are heard
     through DeepFilterNet (deepfilternet.py), with bounds of its share, `cleaned_mix`: for a model that is to stand
-    behind `--front_end deepfilternet`.
+    behind `--front_end deepfilternet`; cleaned_apart: share of them of which the secondary branch alone hears that.
     """
 
     noise_prob: float = 0.8
@@ -110,6 +109,7 @@ class AugmentOptions:
     noise_room_prob: float = 0.0
     cleaned_prob: float = 0.0
     cleaned_mix: tuple[float, float] = (0.3, 1.0)
+    cleaned_apart: float = 0.0
     talkers: tuple[int, int] = (3, 8)
     reverb_prob: float = 0.2
     reverb_seconds: float = 2.0
@@ -233,8 +233,8 @@ class Augment:
             true_snr.index_fill_(0, rows, -math.inf)
         heard = self._room(speech, lengths, chosen["reverb"] & ~only, g) + noise
         self._channel(heard, lengths, chosen["codec"], chosen["clip"], g)
-        self._clean(heard, lengths, self.generator(step, CLEANED))
-        return Mixture(heard, speech, noise, true_snr, lengths, kind)
+        second = self._clean(heard, lengths, self.generator(step, CLEANED))
+        return Mixture(heard, speech, noise, true_snr, lengths, kind, second)
 
     def _weights(self, batch: int) -> list[float]:
         """Weight of each of NOISE_KINDS, 0 for what can't be made."""
@@ -354,13 +354,21 @@ class Augment:
             limit = x[rows].abs().amax(-1, keepdim=True) * onto(x.device, ceiling[index])[:, None]
             x.index_copy_(0, rows, torch.maximum(torch.minimum(x[rows], limit), -limit))
 
-    def _clean(self, x: Tensor, lengths: Tensor, g: torch.Generator) -> None:
-        """Some clips as DeepFilterNet leaves them, mixed with how they were. In place."""
+    def _clean(self, x: Tensor, lengths: Tensor, g: torch.Generator) -> Tensor | None:
+        """Some clips as DeepFilterNet leaves them, mixed with how they were, in place; in a copy for the secondary."""
         o = self.options
+        if not o.cleaned_prob:
+            return None
         index = torch.nonzero(torch.rand(len(x), generator=g) < o.cleaned_prob).flatten()
-        mix = between(o.cleaned_mix, len(x), g)
-        for some in index.split(TOGETHER) if len(index) else ():
+        mix, apart = between(o.cleaned_mix, len(x), g), torch.rand(len(x), generator=g) < o.cleaned_apart
+        second = x.clone() if o.cleaned_apart else None
+        for some in index.split(max(1, TOGETHER * N_SAMPLES // x.shape[-1])) if len(index) else ():
             rows, share = onto(x.device, some), onto(x.device, mix[some])[:, None]
             heard = x[rows]
             cleaned = load_deepfilternet(str(x.device))(heard) * length_mask(lengths[rows], x.shape[-1])
-            x.index_copy_(0, rows, torch.lerp(heard, cleaned, share))
+            mixed = torch.lerp(heard, cleaned, share)
+            if second is not None:
+                second.index_copy_(0, rows, mixed)
+                mixed = torch.where(onto(x.device, apart[some])[:, None], heard, mixed)
+            x.index_copy_(0, rows, mixed)
+        return second

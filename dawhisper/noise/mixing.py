@@ -116,6 +116,7 @@ class Mixture:
     snr_db: Tensor  # [B] of clean over noise, over active speech; +inf without noise, -inf for noise alone
     lengths: Tensor  # [B] int64 samples: a changed speed changes them
     kind: list[str]  # "clean", or the noise: "real", "babble", "white", "pink", "brown", or two: "real+white"
+    second: Tensor | None = None  # [B, S] what the secondary branch hears, where that may be something else
 
     @property
     def noise_only(self) -> Tensor:

@@ -18,6 +18,7 @@ from dawhisper.distributed import World, onto
 from dawhisper.errors import OptionError
 from dawhisper.model import Whisper
 from dawhisper.noise.augment import NOISE_LEVELS, Augment, spec_augment
+from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.random_numbers import step_generator
 from dawhisper.noise.recordings import NoiseBank
 
@@ -134,10 +135,9 @@ class Batches:
         n_frames = self._context(index, mixture.audio.shape[1])
         n_samples = n_frames * N_SAMPLES_PER_TOKEN
 
-        mel = log_mel_spectrogram(pad_or_trim(mixture.audio, n_samples), mels)
-        if self.recipe.data.spec_augment:
-            hop = N_SAMPLES_PER_TOKEN // 2
-            mel = spec_augment(mel, self.augment.generator(index, SPEC_AUGMENT), frames=mixture.lengths // hop)
+        mel = self._heard(mixture.audio, mixture, n_samples, index)
+        if mixture.second is not None:
+            mel = torch.cat([mel, self._heard(mixture.second, mixture, n_samples, index)], dim=1)
         clean_mel: Tensor | None = None
         if self.teacher is not None:  # which was trained on full windows, unless it says otherwise
             heard = n_samples if self.teacher.variable_audio_ctx else self.dims.n_audio_ctx * N_SAMPLES_PER_TOKEN
@@ -154,6 +154,14 @@ class Batches:
             noise_dominance(mixture.clean, mixture.noise, n_frames) if o.noise_attention else None,
             self._held(index, mixture.snr_db) if o.hold_primary or o.hold_secondary else None,
         )
+
+    def _heard(self, audio: Tensor, mixture: Mixture, n_samples: int, index: int) -> Tensor:
+        """What a branch hears: audio [B, S] -> [B, n_mels, 2T], masked in the same places for both."""
+        mel = log_mel_spectrogram(pad_or_trim(audio, n_samples), self.dims.n_mels)
+        if not self.recipe.data.spec_augment:
+            return mel
+        frames = mixture.lengths // (N_SAMPLES_PER_TOKEN // 2)
+        return spec_augment(mel, self.augment.generator(index, SPEC_AUGMENT), frames=frames)
 
     def _held(self, index: int, snr_db: Tensor) -> Tensor:
         """Which windows are heard through one branch alone: 1 the primary, 0 the secondary, nan both. -> [B, 1, 1]"""

@@ -18,7 +18,7 @@ COUNTS = ("speech", "silence", "target", "frame", "noisy")  # what the losses ar
 class Inputs(NamedTuple):
     """One micro-batch as the student takes it. S samples, n tokens, T encoder positions, all on one device."""
 
-    mel: Tensor  # [B, n_mels, 2T] what the student hears
+    mel: Tensor  # [B, n_mels, 2T] what the student hears; 2 n_mels where its secondary branch hears something else
     tokens: Tensor  # [B, n] decoder input
     labels: Tensor  # [B, n] next tokens, losses.IGNORE where there is no loss
     snr_db: Tensor  # [B] +inf without noise, -inf for noise alone

@@ -189,6 +189,8 @@ def build_models(recipe: Recipe, device: torch.device, amp: torch.dtype | None) 
             raise OptionError(str(error)) from None
     if not options.dual and model.dual is not None:
         raise OptionError(f"model.dual is false, but {options.name} has two branches: start from a stock checkpoint")
+    if recipe.augment.cleaned_apart and not model.encoder.hears_twice:
+        raise OptionError("augment.cleaned_apart needs branches that hear apart: set model.branch.memory_layers=-1")
     model.variable_audio_ctx = model.variable_audio_ctx or recipe.loop.variable_ctx > 0
     model.knows_silence = model.knows_silence or bool(o.silence and recipe.augment.noise_only_prob)
     model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = recipe.loop.gradient_checkpointing

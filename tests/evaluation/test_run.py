@@ -697,9 +697,9 @@ def test_each_model_is_measured_without_a_front_end_and_behind_it(
     monkeypatch.setattr("dawhisper.evaluation.run.known_front_end", lambda name: None)
     heard: list[float] = []
 
-    def through(samples: np.ndarray, name: str, mix: float, device: torch.device) -> np.ndarray:
-        heard.append(mix)
-        return samples * 0
+    def through(recordings: list[np.ndarray], name: str, mix: float, device: torch.device) -> list[np.ndarray]:
+        heard.extend([mix] * len(recordings))
+        return [samples * 0 for samples in recordings]
 
     monkeypatch.setattr("dawhisper.evaluation.recognizers.through", through)
     manifest, model = str(data / "set0/manifest.jsonl"), f"tiny={data / 'single.safetensors'}"

@@ -121,6 +121,11 @@ def test_cleaned_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(added[~chosen], torch.zeros_like(added[~chosen]))
     torch.testing.assert_close(added[chosen][heard[chosen]], torch.tensor(1.2).expand(int(heard[chosen].sum())))
     assert torch.equal(cleaned.clean, plain.clean) and torch.equal(cleaned.snr_db, plain.snr_db)
+    assert cleaned.second is None
+    apart = augment(dataclasses.replace(options, cleaned_apart=0.5))(audio, lengths, 3)
+    assert apart.second is not None and torch.equal(apart.second, cleaned.audio)  # what the secondary branch hears
+    alone = ~(apart.audio == cleaned.audio).all(1)
+    assert 5 < alone.sum() < chosen.sum() and torch.equal(apart.audio[alone], plain.audio[alone])
 
 
 def test_off_and_clean_leave_the_audio_untouched() -> None:
