@@ -24,6 +24,7 @@ from dawhisper import Transcription, Whisper, load_model, transcribe
 from dawhisper.edits import common
 from dawhisper.evaluation.conditions import Condition, EvaluationItem, Mixer, read_items
 from dawhisper.evaluation.metrics import normalizer
+from dawhisper.files import json_lines
 from dawhisper.noise.recordings import NoiseBank
 
 CONDITIONS = [Condition("clean"), Condition("real", 5.0), Condition("real", 0.0), Condition("babble", 5.0)]
@@ -99,10 +100,6 @@ def auc(p: np.ndarray, right: np.ndarray) -> float:
     return float(above)
 
 
-def read_words(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def judge(rows: list[dict], fitted_on: list[dict]) -> None:
     """Print what there is to say of the words, and where `fitted_on` has some of the fits on them."""
     right = np.array([row["right"] for row in rows])
@@ -141,7 +138,7 @@ def main() -> None:
     judging.add_argument("--fit", type=Path, help="words that logistic regressions are fitted on")
     args = parser.parse_args()
     if args.command == "judge":
-        judge(read_words(args.words), read_words(args.fit) if args.fit else [])
+        judge(list(json_lines(args.words)), list(json_lines(args.fit)) if args.fit else [])
         return
     items = [
         some[i]

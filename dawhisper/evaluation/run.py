@@ -29,7 +29,7 @@ from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
 from dawhisper.files import json_lines
-from dawhisper.front_end import FRONT_END_MIX, known_front_end, shares_of
+from dawhisper.front_end import FRONT_END_MIX, check_front_end, shares_of
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
 from dawhisper.options import option
@@ -151,7 +151,7 @@ def evaluate(options: EvaluateOptions) -> tables.Results | None:
     wanted = conditions(options.kinds, options.snrs)
     models = recognizers.parse_models(options.models)
     if options.front_end:
-        known_front_end(options.front_end)
+        check_front_end(options.front_end)
         models += recognizers.behind(models, options.front_end, options.front_end_mix)
     recognizers.check_models(models, options.dtype, options.rerank)
     language = None if options.language in (None, "auto") else language_code(str(options.language))

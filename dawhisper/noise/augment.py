@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES
 from dawhisper.data.loader import padded_samples
-from dawhisper.deepfilternet import TOGETHER, load_deepfilternet
+from dawhisper.deepfilternet import TOGETHER, load_deepfilternet, weights_path
 from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
@@ -189,7 +189,7 @@ class Augment:
         if options.speed_prob > 0:
             speed_changer(SPEEDS[0], torch.device("cpu"))  # a torchaudio that doesn't load is found here, not at a step
         if options.cleaned_prob > 0:
-            load_deepfilternet()  # and a package that is missing
+            weights_path()  # and a package that is missing
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed, "snr": list(self.snr)}

@@ -694,7 +694,7 @@ def test_each_model_is_measured_without_a_front_end_and_behind_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two are told apart in what is kept."""
-    monkeypatch.setattr("dawhisper.evaluation.run.known_front_end", lambda name: None)
+    monkeypatch.setattr("dawhisper.evaluation.run.check_front_end", lambda name: None)
     heard: list[float] = []
 
     def through(recordings: list[np.ndarray], name: str, mix: float, device: torch.device) -> list[np.ndarray]:
