@@ -15,7 +15,7 @@ from dawhisper.formats.huggingface import hide_broken_torchaudio, to_transformer
 
 pytest.importorskip("transformers")
 hide_broken_torchaudio()
-peft = pytest.importorskip("peft", reason="needs peft, which no extra brings: pip install peft")
+peft = pytest.importorskip("peft")
 SCRIPT = ROOT / "scripts" / "lora.py"
 
 
