@@ -305,7 +305,7 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     """What each window gave."""
     if not batch:
         return []
-    front_end = options.front_end, options.front_end_mix, model.device
+    front_end = options.front_end, options.front_end_mix, options.front_end_snr, model.device
     mel = last_windows(model, through([job.chunk.samples for job in batch], *front_end))
     silent = leading_silence(mel, [job.chunk.size for job in batch])
     later = [without_silence(job.window, frames) for job, frames in zip(batch, silent)]

@@ -6,6 +6,7 @@ Alone an enhancer takes away what a recogniser needs; "observation adding", a sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,15 +19,21 @@ FrontEnd = Callable[[np.ndarray], np.ndarray]  # samples [n] at 16 kHz -> as man
 Shares = Sequence[float] | float  # how much of what is heard is enhanced; two: for the primary and the secondary branch
 
 FRONT_END_MIX = 0.6
+FRONT_END_SNR = 5.0  # dB; chosen on dev: below it cleaning gains, above it clean and mild speech would lose
 CPU = torch.device("cpu")
 
 
 def through(
-    recordings: Sequence[np.ndarray], front_end: str | FrontEnd | None, mix: Shares, device: torch.device = CPU
+    recordings: Sequence[np.ndarray],
+    front_end: str | FrontEnd | None,
+    mix: Shares,
+    snr: float | None = None,
+    device: torch.device = CPU,
 ) -> list[np.ndarray]:
     """Recordings [n], of which the share `mix` is replaced by what a front end makes of them; None leaves them alone.
 
     mix: one share, or two: then the results are [2, n], what the primary branch hears and what the secondary hears.
+    snr: recordings in which the enhancer finds so many dB of speech over noise, or more, stay as they are; None: none.
     device: the model's; a GPU of NVIDIA's computes the enhancer too.
     """
     shares = shares_of(mix)
@@ -37,9 +44,16 @@ def through(
         other = np.asarray(made_of_it, np.float32)
         if other.shape != samples.shape:
             raise OptionError(f"a front end gives as many samples as it gets: {len(samples)}, not {list(other.shape)}")
-        mixed = [(samples + share * (other - samples)).astype(np.float32) for share in shares]
+        quiet = snr is not None and kept_over_taken(samples, other) >= snr
+        mixed = [samples if quiet else (samples + share * (other - samples)).astype(np.float32) for share in shares]
         made.append(mixed[0] if len(mixed) == 1 else np.stack(mixed))
     return made
+
+
+def kept_over_taken(samples: np.ndarray, enhanced: np.ndarray) -> float:
+    """The energy that an enhancer left over the energy of what it took away, in dB: the SNR as it hears it."""
+    kept, taken = (float(np.square(x, dtype=np.float64).sum()) for x in (enhanced, samples - enhanced))
+    return 10 * math.log10((kept + 1e-12) / (taken + 1e-12))
 
 
 def shares_of(mix: Shares) -> Sequence[float]:

@@ -108,7 +108,7 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = clip_frames(options.clip_timestamps)
     samples = load_audio(audio, track=options.audio_track)
-    (heard,) = through([samples], options.front_end, options.front_end_mix, model.device)
+    (heard,) = through([samples], options.front_end, options.front_end_mix, options.front_end_snr, model.device)
     mel = log_mel(model, torch.from_numpy(np.atleast_2d(heard)).to(model.device), padding=N_SAMPLES)
     frames = mel.shape[-1] - N_FRAMES
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]

@@ -21,7 +21,7 @@ from whisper.utils import format_timestamp
 from .console import show
 from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
-from .front_end import FRONT_END_MIX, check_front_end, shares_of
+from .front_end import FRONT_END_MIX, FRONT_END_SNR, check_front_end, shares_of
 from .options import option
 from .ranking import Alternative
 from .timing import Word
@@ -51,7 +51,8 @@ class TranscribeOptions:
     vad: what counts as speech there, and how long windows are; its fields are given as vad_threshold and so on, or
         together as the dict `vad_parameters`.
     front_end: an enhancer that the recording goes through first, "deepfilternet" or a callable (front_end.py);
-        front_end_mix: its share, between 0 and 1, of what is heard; two: of what each branch hears.
+        front_end_mix: its share, between 0 and 1, of what is heard; two: of what each branch hears;
+        front_end_snr: from so many dB of speech over noise on, as the enhancer hears it, all stays as it is.
     logprobs: give each segment's and word's tokens their log probabilities.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
@@ -79,6 +80,9 @@ class TranscribeOptions:
     )
     front_end_mix: Sequence[float] | float = option(
         FRONT_END_MIX, "share of the cleaned recording, the rest stays as it is; two: the share for each branch"
+    )
+    front_end_snr: float | None = option(
+        FRONT_END_SNR, "dB of speech over noise, as the cleaner hears it, from which on all stays as it is; None: never"
     )
     vad: VadOptions = DEFAULT_VAD
     decoding: DecodingOptions = field(default_factory=DecodingOptions)

@@ -33,6 +33,10 @@ def test_the_mix() -> None:
     np.testing.assert_allclose(through([samples], np.zeros_like, 0.6)[0], 0.4 * samples, rtol=1e-5)
     (apart,) = through([samples], np.zeros_like, (0, 0.6))
     np.testing.assert_allclose(apart, [samples, 0.4 * samples], rtol=1e-5)
+    # 0.7 of the amplitude over 0.3 are 7.4 dB
+    for mix, left, cleaned in ((1.0, samples, samples * 0.7), ((0, 1), [samples] * 2, [samples, samples * 0.7])):
+        np.testing.assert_allclose(through([samples], lambda x: 0.7 * x, mix, 7.0)[0], left, rtol=1e-5)
+        np.testing.assert_allclose(through([samples], lambda x: 0.7 * x, mix, 7.5)[0], cleaned, rtol=1e-5)
     with pytest.raises(OptionError, match="gives as many samples as it gets: 16000, not \\[10\\]"):
         through([samples], lambda x: x[:10], 0.6)
     with pytest.raises(OptionError, match="front_end is deepfilternet, or in Python a callable, not 'sox'"):
@@ -49,21 +53,24 @@ def test_a_recording_goes_through_it(batch_size: int | None) -> None:
     options = {**FAST, **SURE, "language": "en", "batch_size": batch_size, "temperature": 0.0}
     audio = noise(12.0)
     louder = dawhisper.transcribe(model, audio + np.float32(0.5) * (audio**2 - audio), **options)
-    cleaned = dawhisper.transcribe(model, audio, front_end=lambda x: x**2, front_end_mix=0.5, **options)
+    cleaned = dawhisper.transcribe(
+        model, audio, front_end=lambda x: x**2, front_end_mix=0.5, front_end_snr=None, **options
+    )
     assert cleaned == louder and cleaned != dawhisper.transcribe(model, audio, **options)
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_each_branch_hears_its_own_share(batch_size: int | None) -> None:
     """With the gate on one branch the other's share changes nothing; a model that hears once says so."""
-    audio, options = noise(12.0), {**FAST, **SURE, "language": "en", "batch_size": batch_size, "temperature": 0.0}
+    options = {**FAST, **SURE, "language": "en", "batch_size": batch_size, "temperature": 0.0}
+    audio, front_end = noise(12.0), {"front_end": lambda x: x**2, "front_end_snr": None}
 
     def heard(gate: float, *mix: float, memory_layers: int = -1) -> object:
         model = talkative(trained(DualOptions(memory_layers=memory_layers, layer_mixture=False)))
         for block in model.decoder.blocks:
             block.gate[-1].weight.data.zero_()
             block.gate[-1].bias.data.fill_(gate)
-        return dawhisper.transcribe(model, audio, front_end=lambda x: x**2, front_end_mix=mix, **options)
+        return dawhisper.transcribe(model, audio, front_end_mix=mix, **front_end, **options)
 
     primary, secondary = 100.0, -100.0
     assert heard(primary, 0.2, 0.9) == heard(primary, 0.2) != heard(primary, 0.9)
@@ -164,7 +171,7 @@ def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_enhances_as_the_cpu(noisy: np.ndarray) -> None:
     shorter = noisy[:20000]  # it is taken together with the longer one
-    on_gpu = through([shorter, noisy], "deepfilternet", 1.0, torch.device("cuda"))
+    on_gpu = through([shorter, noisy], "deepfilternet", 1.0, None, torch.device("cuda"))
     assert decibels(deepfilternet(noisy), on_gpu[1]) > 40 and decibels(deepfilternet(shorter), on_gpu[0]) > 40
 
 

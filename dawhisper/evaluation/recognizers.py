@@ -40,7 +40,7 @@ EVALUATED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.
 class ModelSpec:
     """A model to evaluate: its label in the results, back end ("" is ours), and name or path.
 
-    front_end: the enhancer that it hears recordings through, "" for none; mix: the enhancer's share.
+    front_end: the enhancer that it hears recordings through, "" for none; mix, snr: as of `through`.
     """
 
     label: str
@@ -48,6 +48,7 @@ class ModelSpec:
     path: str
     front_end: str = ""
     mix: Shares = 0.0
+    snr: float | None = None
 
     @property
     def spec(self) -> str:
@@ -117,9 +118,9 @@ def _parse(name: str) -> ModelSpec:
     return ModelSpec(label, backend, path)
 
 
-def behind(specs: Sequence[ModelSpec], front_end: str, mix: Shares) -> list[ModelSpec]:
+def behind(specs: Sequence[ModelSpec], front_end: str, mix: Shares, snr: float | None) -> list[ModelSpec]:
     """The same models, each behind an enhancer."""
-    return [replace(spec, label=f"{spec.label}+{front_end}", front_end=front_end, mix=mix) for spec in specs]
+    return [replace(one, label=f"{one.label}+{front_end}", front_end=front_end, mix=mix, snr=snr) for one in specs]
 
 
 def check_models(specs: Sequence[ModelSpec], dtype: str | None = None, rerank: str | None = None) -> None:
@@ -170,7 +171,7 @@ class Cleaned:
         self.recognize, self.spec, self.device = recognize, spec, device
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
-        return self.recognize(through(audio, self.spec.front_end, self.spec.mix, self.device), language)
+        return self.recognize(through(audio, self.spec.front_end, self.spec.mix, self.spec.snr, self.device), language)
 
 
 class Ours:

@@ -695,10 +695,12 @@ def test_each_model_is_measured_without_a_front_end_and_behind_it(
 ) -> None:
     """The two are told apart in what is kept."""
     monkeypatch.setattr("dawhisper.evaluation.run.check_front_end", lambda name: None)
-    heard: list[float] = []
+    heard: list[tuple[float, float]] = []
 
-    def through(recordings: list[np.ndarray], name: str, mix: float, device: torch.device) -> list[np.ndarray]:
-        heard.extend([mix] * len(recordings))
+    def through(
+        recordings: list[np.ndarray], name: str, mix: float, snr: float, device: torch.device
+    ) -> list[np.ndarray]:
+        heard.extend([(mix, snr)] * len(recordings))
         return [samples * 0 for samples in recordings]
 
     monkeypatch.setattr("dawhisper.evaluation.recognizers.through", through)
@@ -706,7 +708,7 @@ def test_each_model_is_measured_without_a_front_end_and_behind_it(
     chosen = {"manifests": [manifest], "models": [model], "kinds": ["clean"], "plots": False}
     results = evaluate(options(data, tmp_path, front_end="deepfilternet", front_end_mix=0.3, **chosen))
     assert results is not None and list(results.models) == ["tiny", "tiny+deepfilternet"]
-    assert set(heard) == {0.3} and len(heard) == 3  # two clips, and one that warms up
+    assert set(heard) == {(0.3, 5.0)} and len(heard) == 3  # two clips, and one that warms up
     assert len({hypothesis.key for hypothesis in read_hypotheses(tmp_path)}) == 4
     with pytest.raises(OptionError, match="front_end_mix"):
         options(data, tmp_path, front_end_mix=-1)
