@@ -16,7 +16,7 @@ from .deepfilternet import load_deepfilternet, weights_path
 from .errors import OptionError
 
 FrontEnd = Callable[[np.ndarray], np.ndarray]  # samples [n] at 16 kHz -> as many enhanced ones
-Shares = Sequence[float] | float  # how much of what is heard is enhanced; two: for the primary and the secondary branch
+Shares = str | float | Sequence[float]  # how much of what is heard is enhanced; two ("0,0.6"): one for each branch
 
 FRONT_END_MIX = 0.6
 FRONT_END_SNR = 5.0  # dB; chosen on dev: below it cleaning gains, above it clean and mild speech would lose
@@ -58,9 +58,12 @@ def kept_over_taken(samples: np.ndarray, enhanced: np.ndarray) -> float:
 
 def shares_of(mix: Shares) -> Sequence[float]:
     """One share or two. OptionError for what can't be meant."""
-    shares = (mix,) if isinstance(mix, float | int) else mix
+    try:
+        shares = [float(x) for x in (mix.split(",") if isinstance(mix, str) else np.atleast_1d(mix))]
+    except ValueError:
+        shares = []
     if not (len(shares) in (1, 2) and all(0 <= share <= 1 for share in shares)):
-        raise OptionError(f"front_end_mix lies between 0 and 1, one share or one for each branch, not {mix}")
+        raise OptionError(f"front_end_mix lies between 0 and 1, as 0.6, or 0,0.6 for the two branches, not {mix}")
     return shares
 
 

@@ -78,8 +78,8 @@ class TranscribeOptions:
     front_end: str | Callable[[np.ndarray], np.ndarray] | None = option(  # noqa: RUF009 - a field, as all of them
         None, "clean the recording first", choices=["deepfilternet"]
     )
-    front_end_mix: Sequence[float] | float = option(
-        FRONT_END_MIX, "share of the cleaned recording, the rest stays as it is; two: the share for each branch"
+    front_end_mix: str | float | Sequence[float] = option(
+        FRONT_END_MIX, "share of the cleaned recording, the rest stays as it is; 0,0.6: a share for each branch"
     )
     front_end_snr: float | None = option(
         FRONT_END_SNR, "dB of speech over noise, as the cleaner hears it, from which on all stays as it is; None: never"

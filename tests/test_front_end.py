@@ -17,7 +17,7 @@ import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.deepfilternet import load_deepfilternet, resampled, running_mean
 from dawhisper.errors import OptionError
-from dawhisper.front_end import through
+from dawhisper.front_end import shares_of, through
 from dawhisper.model import DualOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,8 @@ def test_the_mix() -> None:
         through([samples], lambda x: x[:10], 0.6)
     with pytest.raises(OptionError, match="front_end is deepfilternet, or in Python a callable, not 'sox'"):
         dawhisper.transcribe(None, samples, front_end="sox")  # type: ignore[arg-type]
-    for mix in (2.0, (0.5, -1), (0, 0.5, 1), ()):
+    assert shares_of("0,0.6") == [0, 0.6] and shares_of("0.6") == shares_of(0.6) == shares_of((0.6,)) == [0.6]
+    for mix in (2.0, (0.5, -1), (0, 0.5, 1), (), "0,2", "half", ""):
         with pytest.raises(OptionError, match="front_end_mix lies between 0 and 1"):
             dawhisper.transcribe(None, samples, front_end=np.zeros_like, front_end_mix=mix)  # type: ignore[arg-type]
 

@@ -115,8 +115,8 @@ class EvaluateOptions:
     front_end: str | None = option(
         None, "measure every model behind this cleaner too", choices=["deepfilternet"], metavar="NAME"
     )
-    front_end_mix: Sequence[float] | float = option(
-        FRONT_END_MIX, "share of the cleaned recording; two: the share for each branch", metavar="SHARE"
+    front_end_mix: str | float | Sequence[float] = option(
+        FRONT_END_MIX, "share of the cleaned recording; 0,0.6: a share for each branch", metavar="SHARE"
     )
     front_end_snr: float | None = option(
         FRONT_END_SNR, "dB of speech over noise from which on all stays as it is; None: never", metavar="DB"
