@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +33,9 @@ import dawhisper
 from dawhisper import vad
 from dawhisper.audio import SAMPLE_RATE
 from dawhisper.noise.mixing import add_noise
-from dawhisper.serve.stream import Stream, StreamOptions, Update, text_of, warm_up
+from dawhisper.serve.stream import REPEATED, Stream, StreamOptions, Update, text_of, warm_up
 
 normalize = EnglishTextNormalizer()
-LOOP = re.compile(r"(\b\w.{2,80}?)(?:\W*\1){3}", re.IGNORECASE | re.DOTALL)
 SNRS = (None, 10.0, 5.0, 0.0)
 
 
@@ -59,7 +57,7 @@ class Shown:
 
     @property
     def loops(self) -> bool:
-        return bool(LOOP.search(self.text)) or len(self.text) > 30 * (self.heard + 1)
+        return bool(REPEATED.search(self.text)) or len(self.text) > 30 * (self.heard + 1)
 
 
 @dataclass(frozen=True)

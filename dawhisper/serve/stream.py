@@ -17,6 +17,7 @@ Times are in seconds from the stream's beginning. Memory does not grow with the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -49,6 +50,7 @@ SHORTEST = 0.5  # seconds of audio that are worth decoding
 PIECE = 5.0  # seconds taken in at once, so that the buffer never outgrows the encoder's window
 LONGEST_SEGMENT = 30.0
 OPENING, FIRST_STEP = 3.0, 0.5  # seconds of a turn in which its first words are looked for, and how often
+REPEATED = re.compile(r"(\b\w.{2,80}?)(?:\W*\1){3}", re.IGNORECASE | re.DOTALL)  # a phrase, four times in a row
 TOKENS, TOKENS_PER_SECOND = 8, 12  # most that a decoding may say; Whisper's training had at most 7.5 a second
 
 
@@ -239,16 +241,18 @@ class Stream:
     ) -> tuple[DecodingResult, bool]:
         """Where nothing more will be heard: higher temperatures, as offline, and at last the likeliest of these texts.
 
-        None that loops, and nothing where nobody speaks.
+        None that loops, and nothing where nobody speaks. A phrase four times in a row may have been said: such a text
+        is given only where there is no other.
         """
         tried = [result]
         for temperature in self.thresholds.temperatures()[1:]:
             if self._is_silence(tried[-1]):
                 return tried[-1], True
             tried += decode_windows(self.model, features, replace(options, temperature=temperature))
-            if not self._is_doubtful(tried[-1], longest):
+            if not self._is_doubtful(tried[-1], longest) and not REPEATED.search(tried[-1].text):
                 return tried[-1], False
         usable = [r for r in tried if not self._is_worthless(r, longest)]
+        usable = [r for r in usable if not REPEATED.search(r.text)] or usable
         return (max(usable, key=lambda r: r.avg_logprob), False) if usable else (result, True)
 
     def _split(self, result: DecodingResult) -> list[str]:

@@ -190,6 +190,7 @@ def test_a_loop_ends_with_its_sound_and_is_never_shown(monkeypatch: pytest.Monke
     assert all(0 < n <= 8 + 12 * seconds for seconds, n in lengths)
 
 
+AGAIN = " I lower you, you, you, you."
 SAID, OTHER, LOOP = " One two three.", " Four five.", " la la la la la la la la la la la la la la la la la la"
 
 
@@ -200,6 +201,8 @@ SAID, OTHER, LOOP = " One two three.", " Four five.", " la la la la la la la la 
         ([SAID, OTHER, OTHER], [-1.5, -1.2, -1.4], 0.1, " Four five."),  # else the likeliest
         ([OTHER, LOOP, LOOP], [-1.5, -0.2, -0.2], 0.1, " Four five."),  # that does not loop
         ([LOOP, LOOP, LOOP], [-0.2, -0.2, -0.2], 0.1, ""),
+        ([OTHER, AGAIN, AGAIN], [-1.5, -0.2, -0.2], 0.1, OTHER),  # a phrase that is said over and over gives way
+        ([AGAIN, AGAIN, AGAIN], [-1.5, -1.2, -1.3], 0.1, AGAIN),  # unless it is all that is heard
         ([SAID, OTHER, OTHER], [-1.5, -1.2, -1.3], 0.9, ""),  # nobody speaks
     ],
 )
