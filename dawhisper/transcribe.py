@@ -109,7 +109,9 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
     clips = clip_frames(options.clip_timestamps)
     samples = load_audio(audio, track=options.audio_track)
     (heard,) = through([samples], options.front_end, options.front_end_mix, options.front_end_snr, model.device)
-    mel = log_mel(model, torch.from_numpy(np.atleast_2d(heard)).to(model.device), padding=N_SAMPLES)
+    heard = np.atleast_2d(heard)
+    samples = heard[-1]  # the detector of speech hears the cleaner one of two
+    mel = log_mel(model, torch.from_numpy(heard).to(model.device), padding=N_SAMPLES)
     frames = mel.shape[-1] - N_FRAMES
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]
     skipped: list[Skip] = []

@@ -222,6 +222,7 @@ def test_wrong_shapes() -> None:
     model, _ = pair()
     for mel, says in [
         (torch.zeros(128, 3000), "80 mel"),
+        (torch.zeros(160, 3000), "80 mel"),  # for a model whose branches hear apart
         (torch.zeros(80, 100), "3000 frames"),
         (torch.zeros(3), "3 dim"),
     ]:

@@ -58,6 +58,8 @@ def _session(path: Path) -> Any:
 class OnnxEncoder(nn.Module):
     """Stands in for AudioEncoder: mel -> AudioFeatures that hold keys and values, [B, L, H, T, e] each."""
 
+    hears_twice = False  # the graph takes one spectrogram
+
     def __init__(self, session: Any):
         super().__init__()
         self.session = session

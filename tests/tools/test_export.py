@@ -6,15 +6,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.command_line import QUICK, run
 from helpers.models import DUALS, MULTILINGUAL, talkative, trained
 from helpers.sound import noise, write_wav
 
-from dawhisper import DualOptions, load_model, log_mel_spectrogram, pad_or_trim, save_model
+from dawhisper import DualOptions, load_model, log_mel_spectrogram, pad_or_trim, save_model, transcribe
 from dawhisper.decoding import DecodingOptions, decode_windows
-from dawhisper.errors import CheckpointError
+from dawhisper.errors import CheckpointError, OptionError
 from dawhisper.formats.onnx import load_onnx
 from dawhisper.kv_cache import KVCache
 from dawhisper.model import Whisper
@@ -120,6 +121,8 @@ def test_a_model_of_the_other_commands(
     ours, theirs = (json.loads((tmp_path / folder / "clip.json").read_text()) for folder in ("a", "b"))
     assert ours["text"] == theirs["text"]
     assert [s["tokens"] for s in ours["segments"]] == [s["tokens"] for s in theirs["segments"]]
+    with pytest.raises(OptionError, match="give one front_end_mix"):  # its graph takes one spectrogram
+        transcribe(load_onnx(exported), noise(3), front_end=np.zeros_like, front_end_mix="0,0.6", language="en")
     words = ["--word_timestamps", "True"]
     assert run("transcribe", clip, "--model", exported, "-o", tmp_path, *QUICK, *words) == 1
     assert "word times" in capsys.readouterr().err
