@@ -289,8 +289,8 @@ def windows_features(model: Whisper, audio: Tensor | AudioFeatures) -> tuple[Aud
         if model.dual is not None and model.dual.own_memory:
             raise OptionError("this model's decoder reads two memories; pass the AudioFeatures of model.encode(mel)")
         return AudioFeatures(audio, audio), single
-    channels = [model.dims.n_mels, 2 * model.dims.n_mels][: 2 if model.encoder.hears_twice else 1]
-    if audio.shape[1] not in channels:
+    most = 2 if model.encoder.hears_twice else 1
+    if audio.shape[1] not in (model.dims.n_mels, most * model.dims.n_mels):
         raise OptionError(f"the model takes {model.dims.n_mels} mel channels, not {audio.shape[1]}")
     if audio.shape[2] != 2 * model.dims.n_audio_ctx and not model.variable_audio_ctx:
         raise OptionError(

@@ -44,15 +44,16 @@ def through(
         other = np.asarray(made_of_it, np.float32)
         if other.shape != samples.shape:
             raise OptionError(f"a front end gives as many samples as it gets: {len(samples)}, not {list(other.shape)}")
-        quiet = snr is not None and kept_over_taken(samples, other) >= snr
-        mixed = [samples if quiet else (samples + share * (other - samples)).astype(np.float32) for share in shares]
+        change = other - samples
+        quiet = snr is not None and kept_over_taken(other, change) >= snr
+        mixed = [samples if quiet else (samples + share * change).astype(np.float32) for share in shares]
         made.append(mixed[0] if len(mixed) == 1 else np.stack(mixed))
     return made
 
 
-def kept_over_taken(samples: np.ndarray, enhanced: np.ndarray) -> float:
+def kept_over_taken(enhanced: np.ndarray, change: np.ndarray) -> float:
     """The energy that an enhancer left over the energy of what it took away, in dB: the SNR as it hears it."""
-    kept, taken = (float(np.square(x, dtype=np.float64).sum()) for x in (enhanced, samples - enhanced))
+    kept, taken = (float(np.square(x, dtype=np.float64).sum()) for x in (enhanced, change))
     return 10 * math.log10((kept + 1e-12) / (taken + 1e-12))
 
 

@@ -217,12 +217,13 @@ def mel_batch(model: Whisper, clips: Sequence[np.ndarray]) -> Tensor:
 
     Clips [2, n], what each branch hears, give [B, 2 n_mels, N].
     """
-    length = padded_frames(model, max(clip.shape[-1] for clip in clips) // HOP_LENGTH) * HOP_LENGTH
-    shape = (len(clips), clips[0].size // clips[0].shape[-1], length)
+    heard = [np.atleast_2d(clip) for clip in clips]
+    length = padded_frames(model, max(clip.shape[1] for clip in heard) // HOP_LENGTH) * HOP_LENGTH
+    shape = (len(heard), len(heard[0]), length)
     audio = torch.empty(shape, pin_memory=model.device.type == "cuda")  # which a GPU reads by itself
-    for row, clip in zip(audio.numpy(), clips):
-        row[:, : clip.shape[-1]] = clip[..., :length]
-        row[:, clip.shape[-1] :] = 0
+    for row, clip in zip(audio.numpy(), heard):
+        row[:, : clip.shape[1]] = clip[:, :length]
+        row[:, clip.shape[1] :] = 0
     return log_mel(model, audio.to(model.device, non_blocking=True))
 
 

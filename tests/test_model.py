@@ -189,8 +189,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("mixture", [False, True])
+@torch.no_grad()
 def test_the_branches_hear_apart(mixture: bool) -> None:
     """Of a mel with twice the bands the secondary's own layers hear the second half, of one with once them the same."""
     model = trained(DualOptions(memory_layers=-1, layer_mixture=mixture))
@@ -205,6 +205,7 @@ def test_the_branches_hear_apart(mixture: bool) -> None:
             Whisper(MULTILINGUAL, dual).encoder(torch.cat([first, second], dim=1))
 
 
+@torch.no_grad()
 def test_audio_of_any_length_up_to_30_seconds() -> None:
     model, _ = pair()
     mel, _ = inputs()

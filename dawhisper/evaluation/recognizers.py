@@ -23,7 +23,7 @@ from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
 from dawhisper.decoding import DecodingOptions
 from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
 from dawhisper.formats.huggingface import hide_broken_torchaudio
-from dawhisper.front_end import Shares, through
+from dawhisper.front_end import Shares, shares_of, through
 from dawhisper.transcribe import transcribe
 from dawhisper.window import decode_clips
 
@@ -126,6 +126,10 @@ def behind(specs: Sequence[ModelSpec], front_end: str, mix: Shares, snr: float |
 def check_models(specs: Sequence[ModelSpec], dtype: str | None = None, rerank: str | None = None) -> None:
     """Raise for a model that can't be loaded or decoded so, before hours are spent on those that stand before it."""
     for spec in specs:
+        if spec.backend and len(shares_of(spec.mix)) > 1:
+            raise OptionError(
+                f"--model {spec.spec}: {PACKAGES[spec.backend][1]} hears once; give one share as --front_end_mix"
+            )
         if spec.backend and rerank:
             raise OptionError(
                 f"--model {spec.spec}: {PACKAGES[spec.backend][1]} has no --rerank; give --model {spec.path}"
@@ -152,10 +156,10 @@ def check_models(specs: Sequence[ModelSpec], dtype: str | None = None, rerank: s
 
 def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int) -> Recognizer:
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
-    if spec.front_end:
-        return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec, device)
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
+    if spec.front_end:
+        return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec, device)
     kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace, "cpp": WhisperCpp}
     try:
         return kinds[spec.backend](spec, decoding, device, seed)
@@ -165,7 +169,7 @@ def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, s
 
 
 class Cleaned:
-    """A recogniser behind an enhancer."""
+    """Another package's recogniser behind an enhancer."""
 
     def __init__(self, recognize: Recognizer, spec: ModelSpec, device: torch.device):
         self.recognize, self.spec, self.device = recognize, spec, device
@@ -179,7 +183,7 @@ class Ours:
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         self.model = load_model(spec.path, device=device, dtype=decoding.dtype)
-        self.decoding, self.seed = decoding, seed
+        self.spec, self.decoding, self.seed = spec, decoding, seed
         self.searched: dict[str, Any] = {"beam_size": decoding.beam_size, "rerank": decoding.rerank}
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
@@ -187,11 +191,16 @@ class Ours:
             return [self._transcribe(x, language) for x in audio]
         torch.manual_seed(self.seed)  # reranking samples; a batch must not hear of those before it
         options = DecodingOptions(language=language, without_timestamps=True, **self.searched)
+        if self.spec.front_end:
+            audio = through(audio, self.spec.front_end, self.spec.mix, self.spec.snr, self.model.device)
         return [result.text for result in decode_clips(self.model, audio, options)]
 
     def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
         torch.manual_seed(self.seed)  # the fallback samples; an utterance must not hear of those before it
-        options = {} if self.decoding.fallback else {"temperature": 0.0}
+        options: dict[str, Any] = {} if self.decoding.fallback else {"temperature": 0.0}
+        if self.spec.front_end:
+            options |= {"front_end": self.spec.front_end}
+            options |= {"front_end_mix": self.spec.mix, "front_end_snr": self.spec.snr}
         result = transcribe(self.model, audio, language=language, **self.searched, **options)
         return result.text.strip()  # type: ignore[union-attr]  # one recording, one result
 

@@ -345,7 +345,10 @@ def _decode(
     texts = recognize(audio, batch.language)
     latency = time.perf_counter() - start
     readings: Sequence[GateReading | None] = [None] * len(texts)
-    if gates and isinstance(recognize, Ours) and recognize.model.dual and max(map(len, audio)) <= N_SAMPLES:
+    readable = (
+        gates and not spec.front_end and max(map(len, audio)) <= N_SAMPLES
+    )  # they are read of mixtures as they are
+    if readable and isinstance(recognize, Ours) and recognize.model.dual:
         readings = read_gates(recognize.model, mel_batch(recognize.model, audio), texts, mixtures, batch.language)
     return [
         Hypothesis(

