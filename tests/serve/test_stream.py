@@ -22,6 +22,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from helpers.models import pair, talkative, trained
+from helpers.text import SPEECH, words_in, wrong_words
 
 import dawhisper
 from dawhisper import vad
@@ -34,10 +35,6 @@ from dawhisper.serve.listen import Terminal
 from dawhisper.serve.sources import PIPE_BACKLOG, read_ahead, read_pcm
 from dawhisper.serve.stream import LiveWord, Stream, StreamOptions, Update, text_of
 from dawhisper.transcription import Segment, TranscribeOptions
-
-
-def words_in(text: str) -> str:
-    return " ".join(re.sub(r"[^a-z' ]", " ", text.lower()).split())
 
 
 def listen(model: dawhisper.Whisper, audio: np.ndarray, piece: int = 16000, **options: object) -> Update:
@@ -69,8 +66,9 @@ def tiny_en(tiny_en_path: Path) -> dawhisper.Whisper:
 @pytest.mark.parametrize("policy", ["attention", "agreement"])
 def test_no_word_is_lost_or_said_twice(tiny_en: dawhisper.Whisper, speech: np.ndarray, policy: str) -> None:
     update = listen(tiny_en, speech, language="en", policy=policy, step=2.0, longest=8.0)
-    once = "modern printers .{10,20} but it is only practiced in the very best establishments"
-    assert re.fullmatch(f"{once} {once}", words_in(text_of(update.words)))  # how it hears the middle varies
+    said = words_in(text_of(update.words))
+    assert [said.count(w) for w in ("modern printers", "practiced in the very best establishments")] == [2, 2]
+    assert wrong_words(said, f"{SPEECH} {SPEECH}") <= 8  # tiny.en mishears three words in the middle of each
     assert update.end_of_turn
     assert "".join(s.text for s in update.segments) == text_of(update.words)
     starts = [word.start for word in update.words]
@@ -81,7 +79,7 @@ def test_no_word_is_lost_or_said_twice(tiny_en: dawhisper.Whisper, speech: np.nd
 def test_words_come_before_the_end(tiny_en: dawhisper.Whisper, speech: np.ndarray) -> None:
     stream = Stream(tiny_en, StreamOptions(language="en"))
     early = text_of(stream.feed(speech[: 16000 * 4]).words)
-    assert words_in(early).startswith("modern printers")
+    assert {"modern", "printers"} <= set(words_in(early).split())
 
 
 @pytest.mark.parametrize("piece", [160, 7777, 16000 * 40])
@@ -362,7 +360,7 @@ def test_the_command_reads_a_pipe(tiny_en_path: Path, assets: Path) -> None:
     done = subprocess.run([*command, "--device", "cpu"], input=data, capture_output=True, timeout=120, check=True)
     updates = [json.loads(line) for line in done.stdout.splitlines()]
     said = "".join(segment["text"] for update in updates for segment in update["segments"])
-    assert "best establishments" in said
+    assert wrong_words(said) <= 4
     assert updates[-1]["end_of_turn"]
 
 
@@ -440,7 +438,7 @@ def test_the_microphone_until_it_is_interrupted(
     plug_in(monkeypatch, load_audio(assets / "speech.opus"), _thread.interrupt_main, hurried)
     assert hear("--model", str(tiny_en_path)) == 0
     out, err = capsys.readouterr()
-    assert words_in(out).endswith("very best establishments")
+    assert wrong_words(out) <= 4
     assert "Ctrl-C" in err
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -452,7 +450,7 @@ def test_a_microphone_that_fails(
     plug_in(monkeypatch, load_audio(assets / "speech.opus"))
     assert hear(*model) == 1
     out, err = capsys.readouterr()
-    assert words_in(out).endswith("very best establishments")  # what was said before
+    assert wrong_words(out) <= 4  # what was said before
     assert "the microphone has stopped" in err
     for device in ("broken", "none"):
         assert hear(*model, "--input_device", device) == 1
