@@ -76,17 +76,20 @@ def voicebank_demand(folder: Path) -> Iterator[Utterance]:
 
 
 def chime4(folder: Path) -> Iterator[Utterance]:
-    texts = {path.stem: path for path in folder.rglob("*.trn")}
+    texts: dict[str, str] = {}
+    for path in sorted(folder.rglob("*.trn*")):  # of one utterance, or .trn_all of a part
+        for line in path.read_text("utf-8").splitlines():
+            name, _, text = line.strip().partition(" ")
+            texts[name] = text
     for audio in sorted(folder.glob("**/isolated_1ch_track/*/*.wav")):
         place = re.fullmatch(r"(dt05|et05)_\w+_(real|simu)", audio.parent.name)
         if place is None:
             continue
         name = audio.stem.split(".")[0]  # without .CH5
         if name not in texts:
-            raise DataError(f"{folder} has no {name}.trn for {audio.parent.name}/{audio.name}")
-        _, _, text = texts[name].read_text("utf-8").strip().partition(" ")
+            raise DataError(f"{folder} has no text of {audio.parent.name}/{audio.name} in a .trn or .trn_all")
         speaker = name.split("_")[0]
-        yield Utterance(str(audio), text, language="en", speaker=speaker, source=f"{place[1]}_{place[2]}")
+        yield Utterance(str(audio), texts[name], language="en", speaker=speaker, source=f"{place[1]}_{place[2]}")
 
 
 def ami_sdm(folder: Path) -> Iterator[Utterance]:
@@ -130,7 +133,7 @@ PROTOCOLS = {
         voicebank_demand, ("recorded",), (), "clean_testset_wav, noisy_testset_wav and testset_txt"
     ),
     "chime4": Protocol(
-        chime4, ("recorded",), (), "isolated_1ch_track/{dt05,et05}_*_{real,simu}/*.wav, and their .trn files"
+        chime4, ("recorded",), (), "isolated_1ch_track/{dt05,et05}_*_{real,simu}/*.wav, and their .trn or .trn_all files"
     ),
     "ami-sdm": Protocol(
         ami_sdm, ("recorded",), (), "MEETING/audio/*.Array1-01.wav, and the annotation's segments/ and words/"

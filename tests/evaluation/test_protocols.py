@@ -43,13 +43,14 @@ def voicebank(root: Path) -> Path:
 
 
 def chime4(root: Path) -> Path:
-    for part, name in (
-        ("dt05_bus_real", "F01_22GC010A_BUS"),
-        ("et05_str_simu", "M05_440C0201_STR"),
-        ("tr05_caf_real", "M03_052C0101_CAF"),
+    texts = root / "data/transcriptions"
+    for part, file, into in (
+        ("dt05_bus_real", "F01_22GC010A_BUS.CH5.wav", "dt05_bus_real/F01_22GC010A_BUS.trn"),
+        ("et05_str_simu", "M05_440C0201_STR.wav", "et05_simu.trn_all"),
+        ("tr05_caf_real", "M03_052C0101_CAF.CH5.wav", "tr05_caf_real/M03_052C0101_CAF.trn"),
     ):
-        sound(root / "data/audio/16kHz/isolated_1ch_track" / part / f"{name}.CH5.wav")
-        text(root / "data/transcriptions" / part / f"{name}.trn", f"{name} NEW YORK\n")
+        sound(root / "data/audio/16kHz/isolated_1ch_track" / part / file)
+        text(texts / into, f"{file.split('.')[0]} NEW YORK\n")
     return root
 
 
@@ -92,7 +93,7 @@ FOUND = {
     ],
     "chime4": [
         ("F01_22GC010A_BUS.CH5.wav", "NEW YORK", "F01", "dt05_real"),
-        ("M05_440C0201_STR.CH5.wav", "NEW YORK", "M05", "et05_simu"),
+        ("M05_440C0201_STR.wav", "NEW YORK", "M05", "et05_simu"),
     ],
     "ami-sdm": [
         ("ES2004a.Array1-01.wav", "Hi it's", "ES2004a.A", "ami-sdm"),
@@ -124,7 +125,7 @@ def test_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"testset_txt has no p232_001\.txt"):
         utterances_of("voicebank-demand", tmp_path / "a")
     next(chime4(tmp_path / "b").rglob("F01*.trn")).unlink()
-    with pytest.raises(DataError, match=r"no F01_22GC010A_BUS\.trn"):
+    with pytest.raises(DataError, match=r"no text of dt05_bus_real/F01_22GC010A_BUS\.CH5\.wav"):
         utterances_of("chime4", tmp_path / "b")
 
 
