@@ -22,7 +22,7 @@ from whisper.tokenizer import Tokenizer
 
 from .audio import Source
 from .decoding import DecodingResult, language_code, model_tokenizer
-from .front_end import through
+from .front_end import hearings
 from .model import AudioFeatures, Whisper
 from .reading import Readers, Reading
 from .transcription import (
@@ -305,13 +305,14 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     """What each window gave."""
     if not batch:
         return []
-    front_end = options.front_end, options.front_end_mix, options.front_end_snr, model.device
-    mel = last_windows(model, through([job.chunk.samples for job in batch], *front_end))
-    silent = leading_silence(mel, [job.chunk.size for job in batch])
+    heard, hearing_of = hearings([job.chunk.samples for job in batch], options.hearing(), model.device)
+    mel = last_windows(model, heard)
+    silent = leading_silence(mel[: len(batch)], [job.chunk.size for job in batch])
     later = [without_silence(job.window, frames) for job, frames in zip(batch, silent)]
     audible = [i for i, split in enumerate(later) if split is None]
-    heard = mel if len(audible) == len(mel) else mel[audible]
-    results = decode_jobs(model, heard, [batch[i] for i in audible], options)
+    rows = [row for row, i in enumerate(hearing_of) if later[i] is None]
+    of = [audible.index(hearing_of[row]) for row in rows]
+    results = decode_jobs(model, mel if len(rows) == len(mel) else mel[rows], [batch[i] for i in audible], of, options)
     decoded = dict(zip(audible, results))
     return [
         split_window(
@@ -324,9 +325,12 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
 
 
 def decode_jobs(
-    model: Whisper, mel: torch.Tensor, jobs: list[PendingWindow], options: TranscribeOptions
+    model: Whisper, mel: torch.Tensor, jobs: list[PendingWindow], hearing_of: list[int], options: TranscribeOptions
 ) -> Iterator[DecodingResult]:
-    """Decode windows [B, n_mels, frames], those asked for alike at once; find new recordings' languages first."""
+    """Decode windows [B, n_mels, frames], those asked for alike at once; find new recordings' languages first.
+
+    hearing_of: which job each window is a hearing of; the first ones are the jobs', one each.
+    """
     if not jobs:
         return iter(())
     features = encode_batch(model, mel)
@@ -353,7 +357,9 @@ def decode_jobs(
     for (language, _), same in alike.items():
         own = asked[same[0]].speaking(language)
         prompt = Prompt.of(model, jobs[same[0]].recording.tokenizer, own).initial
-        results.update(zip(same, decode_with_fallback(model, pick(features, same), own, prompt)))
+        rows = [row for row, i in enumerate(hearing_of) if i in same]
+        of = [hearing_of[row] for row in rows]
+        results.update(zip(same, decode_with_fallback(model, pick(features, rows), own, prompt, of)))
     return (results[i] for i in range(len(jobs)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from .deepfilternet import load_deepfilternet, weights_path
 from .errors import OptionError
 
-FrontEnd = Callable[[np.ndarray], np.ndarray]  # samples [n] at 16 kHz -> as many enhanced ones
+Enhancer = Callable[[np.ndarray], np.ndarray]  # samples [n] at 16 kHz -> as many enhanced ones
 Shares = str | float | Sequence[float]  # how much of what is heard is enhanced; two ("0,0.6"): one for each branch
 
 FRONT_END_MIX = 0.6
@@ -23,29 +24,57 @@ FRONT_END_SNR = 5.0  # dB; chosen on dev: below it cleaning gains, above it clea
 CPU = torch.device("cpu")
 
 
-def through(
-    recordings: Sequence[np.ndarray],
-    front_end: str | FrontEnd | None,
-    mix: Shares,
-    snr: float | None = None,
-    device: torch.device = CPU,
-) -> list[np.ndarray]:
-    """Recordings [n], of which the share `mix` is replaced by what a front end makes of them; None leaves them alone.
+@dataclass(frozen=True)
+class FrontEnd:
+    """How recordings are heard.
 
-    mix: one share, or two: then the results are [2, n], what the primary branch hears and what the secondary hears.
+    enhancer: "deepfilternet", or a callable; None leaves recordings alone.
+    mix: the share of what is heard that the enhancer made; two: what the primary branch hears, and the secondary.
     snr: recordings in which the enhancer finds so many dB of speech over noise, or more, stay as they are; None: none.
+    choose: what is changed is heard as it is, too, and of a window's two texts the likelier is kept.
+    """
+
+    enhancer: str | Enhancer | None = None
+    mix: Shares = FRONT_END_MIX
+    snr: float | None = FRONT_END_SNR
+    choose: bool = False
+
+    def __post_init__(self) -> None:
+        """OptionError for what can't be meant, a name that is not known, or where its packages are missing."""
+        shares_of(self.mix)
+        if self.enhancer is not None and not callable(self.enhancer):
+            if self.enhancer != "deepfilternet":
+                raise OptionError(f"front_end is deepfilternet, or in Python a callable, not {self.enhancer!r}")
+            weights_path()
+
+
+def hearings(
+    recordings: Sequence[np.ndarray], front_end: FrontEnd, device: torch.device = CPU
+) -> tuple[list[np.ndarray], list[int]]:
+    """What is heard of recordings [n], and which of them each is a hearing of: the first ones of one each, in order."""
+    heard = through(recordings, front_end, device)
+    if not front_end.choose:
+        return heard, list(range(len(heard)))
+    as_they_are = [np.broadcast_to(x, y.shape) for x, y in zip(recordings, heard)]
+    changed = [i for i, pair in enumerate(zip(as_they_are, heard)) if not np.array_equal(*pair)]
+    return [*as_they_are, *(heard[i] for i in changed)], [*range(len(heard)), *changed]
+
+
+def through(recordings: Sequence[np.ndarray], front_end: FrontEnd, device: torch.device = CPU) -> list[np.ndarray]:
+    """Recordings [n], of which a share is replaced by what the enhancer makes of them; [2, n] with two shares.
+
     device: the model's; a GPU of NVIDIA's computes the enhancer too.
     """
-    shares = shares_of(mix)
-    if front_end is None or not any(shares):
+    shares = shares_of(front_end.mix)
+    if front_end.enhancer is None or not any(shares):
         return list(recordings)
     made = []
-    for samples, made_of_it in zip(recordings, enhanced(recordings, front_end, device)):
+    for samples, made_of_it in zip(recordings, enhanced(recordings, front_end.enhancer, device)):
         other = np.asarray(made_of_it, np.float32)
         if other.shape != samples.shape:
             raise OptionError(f"a front end gives as many samples as it gets: {len(samples)}, not {list(other.shape)}")
         change = other - samples
-        quiet = snr is not None and kept_over_taken(other, change) >= snr
+        quiet = front_end.snr is not None and kept_over_taken(other, change) >= front_end.snr
         mixed = [samples if quiet else (samples + share * change).astype(np.float32) for share in shares]
         made.append(mixed[0] if len(mixed) == 1 else np.stack(mixed))
     return made
@@ -68,17 +97,8 @@ def shares_of(mix: Shares) -> Sequence[float]:
     return shares
 
 
-def check_front_end(front_end: str | FrontEnd) -> None:
-    """OptionError for a name that is not known, or where its packages are missing."""
-    if not callable(front_end):
-        if front_end != "deepfilternet":
-            raise OptionError(f"front_end is deepfilternet, or in Python a callable, not {front_end!r}")
-        weights_path()
-
-
-def enhanced(recordings: Sequence[np.ndarray], front_end: str | FrontEnd, device: torch.device) -> list[np.ndarray]:
-    """What a front end makes of each recording."""
-    if callable(front_end):
-        return [front_end(samples) for samples in recordings]
-    check_front_end(front_end)
+def enhanced(recordings: Sequence[np.ndarray], enhancer: str | Enhancer, device: torch.device) -> list[np.ndarray]:
+    """What an enhancer makes of each recording."""
+    if callable(enhancer):
+        return [enhancer(samples) for samples in recordings]
     return load_deepfilternet(str(device if device.type == "cuda" else CPU)).enhanced(recordings)

@@ -21,7 +21,7 @@ from .audio import SampleReader, Source, is_samples, load_audio, pad_or_trim
 from .batched import BatchedRecording, segments_of_one, transcribe_all
 from .console import show
 from .decoding import DecodingResult, language_code, model_tokenizer
-from .front_end import through
+from .front_end import hearings
 from .model import Whisper
 from .transcription import (
     NBest,
@@ -54,12 +54,16 @@ from .window import (
 
 @dataclass(frozen=True)
 class OpenRecording:
-    """A recording ready to be transcribed: its log-mel [n_mels, frames + 3000], 30 s of silence at its end."""
+    """A recording ready to be transcribed.
+
+    mel: log-mel spectrograms [H, n_mels, frames + 3000] of its H hearings, 30 s of silence at their end.
+    clips: the first and last frame of each part to transcribe.
+    """
 
     mel: Tensor
     language: str
     tokenizer: Tokenizer
-    clips: list[tuple[int, int]]  # first and last frame of each part to transcribe
+    clips: list[tuple[int, int]]
     skipped: list[Skip] = field(default_factory=list)
     n_best: list[NBest] = field(default_factory=list)
 
@@ -108,9 +112,8 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
     """Decode the audio, compute its spectrogram, and find its language where that was not given."""
     clips = clip_frames(options.clip_timestamps)
     samples = load_audio(audio, track=options.audio_track)
-    (heard,) = through([samples], options.front_end, options.front_end_mix, options.front_end_snr, model.device)
-    heard = np.atleast_2d(heard)
-    samples = heard[-1]  # the detector of speech hears the cleaner one of two
+    heard = np.stack([np.atleast_2d(each) for each in hearings([samples], options.hearing(), model.device)[0]])
+    samples = heard[-1, -1]  # the detector of speech hears the cleanest
     mel = log_mel(model, torch.from_numpy(heard).to(model.device), padding=N_SAMPLES)
     frames = mel.shape[-1] - N_FRAMES
     parts = [(first, frames if last is None else min(last, frames)) for first, last in clips if first < frames]
@@ -121,7 +124,7 @@ def open_recording(model: Whisper, audio: Source, options: TranscribeOptions) ->
             say(skip, options)
     language = options.decoding.language
     if language is None:
-        language = first_language(model, samples, mel, parts, options)
+        language = first_language(model, samples, mel[0], parts, options)
     warn_of_translated_words(options)
     tokenizer = model_tokenizer(model, language, options.decoding.task)
     return OpenRecording(mel, language_code(language), tokenizer, parts, skipped)
@@ -202,13 +205,14 @@ def hear_window(
     last_speech: float,
 ) -> tuple[Split, DecodingResult | None]:
     """A window's segments, and what they were cut from where it was decoded."""
-    (silent,) = leading_silence(recording.mel[None, :, window.seek : window.end], [window.size])
+    (silent,) = leading_silence(recording.mel[:1, :, window.seek : window.end], [window.size])
     later = without_silence(window, silent)
     if later is not None:
         return later, None
     features = encode_window(model, recording.mel, window)
     if options.multilingual:
-        (language,) = spoken_languages(model, features, replace(options, verbose=None))
+        language, *_ = spoken_languages(model, features, replace(options, verbose=None))
         options = options.speaking(language)
-    (result,) = decode_with_fallback(model, features, options, prompt.tokens(options))
+    hearings_of = [0] * len(features.primary)
+    (result,) = decode_with_fallback(model, features, options, prompt.tokens(options), hearings_of)
     return split_window(model, recording, window, result, options, last_speech), result

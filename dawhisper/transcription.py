@@ -21,7 +21,7 @@ from whisper.utils import format_timestamp
 from .console import show
 from .decoding import DecodingOptions, asked_language
 from .errors import OptionError, near_names
-from .front_end import FRONT_END_MIX, FRONT_END_SNR, check_front_end, shares_of
+from .front_end import FRONT_END_MIX, FRONT_END_SNR, FrontEnd
 from .options import option
 from .ranking import Alternative
 from .timing import Word
@@ -52,7 +52,8 @@ class TranscribeOptions:
         together as the dict `vad_parameters`.
     front_end: an enhancer that the recording goes through first, "deepfilternet" or a callable (front_end.py);
         front_end_mix: its share, between 0 and 1, of what is heard; two: of what each branch hears;
-        front_end_snr: from so many dB of speech over noise on, as the enhancer hears it, all stays as it is.
+        front_end_snr: from so many dB of speech over noise on, as the enhancer hears it, all stays as it is;
+        front_end_choose: hear what it changes as it is, too, and keep the likelier of each window's two texts.
     logprobs: give each segment's and word's tokens their log probabilities.
     decoding: the options of each window; its temperature and prompt are set by this loop.
     """
@@ -84,6 +85,9 @@ class TranscribeOptions:
     front_end_snr: float | None = option(
         FRONT_END_SNR, "dB of speech over noise, as the cleaner hears it, from which on all stays as it is; None: never"
     )
+    front_end_choose: bool = option(
+        False, "hear what is cleaned as it is, too, and keep the likelier text of each window: twice the work, in noise"
+    )
     vad: VadOptions = DEFAULT_VAD
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
@@ -114,10 +118,12 @@ class TranscribeOptions:
         if (decoding.n_best or 1) > (decoding.beam_size or decoding.best_of or 1):
             raise OptionError(f"n_best {decoding.n_best} needs a beam_size as large, or best_of with a temperature")
         seek_points(made.clip_timestamps)
-        shares_of(made.front_end_mix)
-        if made.front_end is not None:
-            check_front_end(made.front_end)
+        made.hearing()
         return made
+
+    def hearing(self) -> FrontEnd:
+        """How recordings are heard. OptionError where they can't be heard so."""
+        return FrontEnd(self.front_end, self.front_end_mix, self.front_end_snr, self.front_end_choose)
 
     def speaking(self, language: str) -> TranscribeOptions:
         """With the language of a recording."""

@@ -196,8 +196,8 @@ def without_silence(window: Window, silent: int) -> Split | None:
 
 
 def encode_window(model: Whisper, mel: Tensor, window: Window) -> AudioFeatures:
-    """Features [1, T, d] of a window."""
-    return encode_batch(model, pad_or_trim(mel[:, window.seek : window.end], padded_frames(model, window.size))[None])
+    """Features [H, T, d] of a window of spectrograms [H, n_mels, frames], the hearings of a recording."""
+    return encode_batch(model, pad_or_trim(mel[..., window.seek : window.end], padded_frames(model, window.size)))
 
 
 def padded_frames(model: Whisper, size: int) -> int:
@@ -247,24 +247,48 @@ def encode_batch(model: Whisper, mel: Tensor) -> AudioFeatures:
         return model.encode(mel.to(model.device, model.dtype))
 
 
-def decode_clips(model: Whisper, clips: Sequence[np.ndarray], options: DecodingOptions) -> list[DecodingResult]:
-    """Decode clips [n] of at most 30 s in one batch, as openai-whisper's `decode` does: once, as the options say."""
-    return decode_windows(model, encode_batch(model, mel_batch(model, clips)), options)
+def decode_clips(
+    model: Whisper, clips: Sequence[np.ndarray], options: DecodingOptions, hearing_of: Sequence[int] | None = None
+) -> list[DecodingResult]:
+    """Decode clips [n] of at most 30 s in one batch, as openai-whisper's `decode` does: once, as the options say.
+
+    hearing_of: which clip each is a hearing of; the likeliest of each is given.
+    """
+    results = decode_windows(model, encode_batch(model, mel_batch(model, clips)), options)
+    return list(likeliest(results, hearing_of or range(len(clips))).values())
 
 
 def decode_with_fallback(
-    model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]
+    model: Whisper,
+    features: AudioFeatures,
+    options: TranscribeOptions,
+    prompt: list[int],
+    hearing_of: Sequence[int] | None = None,
 ) -> list[DecodingResult]:
-    """Decode windows [B, T, d] at each temperature in turn, those alone whose text is too repetitive or unlikely."""
+    """Decode windows [B, T, d] at each temperature in turn, those alone whose text is too repetitive or unlikely.
+
+    hearing_of: which window each of the features is a hearing of; the likeliest of each is given, in order.
+    """
+    windows = hearing_of or range(len(features.primary))
     results: dict[int, DecodingResult] = {}
-    failing = list(range(len(features.primary)))
+    failing = set(windows)
     for temperature in options.temperatures():
-        decoded = decode_windows(model, pick(features, failing), options.at(temperature, prompt))
-        results.update(zip(failing, decoded))
-        failing = [i for i in failing if needs_fallback(model, results[i], options)]
+        rows = [row for row, window in enumerate(windows) if window in failing]
+        decoded = decode_windows(model, pick(features, rows), options.at(temperature, prompt))
+        results |= likeliest(decoded, [windows[row] for row in rows])
+        failing = {window for window in failing if needs_fallback(model, results[window], options)}
         if not failing:
             break
-    return [results[i] for i in sorted(results)]
+    return [results[window] for window in sorted(results)]
+
+
+def likeliest(results: Sequence[DecodingResult], hearing_of: Sequence[int]) -> dict[int, DecodingResult]:
+    """Of the hearings of each window the result with the highest mean log probability."""
+    best: dict[int, DecodingResult] = {}
+    for window, result in zip(hearing_of, results):
+        if window not in best or result.avg_logprob > best[window].avg_logprob:
+            best[window] = result
+    return best
 
 
 def pick(features: AudioFeatures, windows: list[int]) -> AudioFeatures:

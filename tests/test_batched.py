@@ -271,9 +271,9 @@ def test_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings with a language, task, prompt or part of their own are decoded in the same pass."""
     asked = []
 
-    def decode(model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int]):
+    def decode(model: Whisper, features: AudioFeatures, options: TranscribeOptions, prompt: list[int], of: list[int]):
         asked.append((options.decoding.language, options.decoding.task, len(prompt) > 0, len(features.primary)))
-        return decode_with_fallback(model, features, options, prompt)
+        return decode_with_fallback(model, features, options, prompt, of)
 
     monkeypatch.setattr(batched, "decode_with_fallback", decode)
     model, _ = pair()

@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import FAST, SURE, talkative, trained
-from helpers.sound import noise
+from helpers.sound import hiss, noise
 
 import dawhisper
 from dawhisper.audio import load_audio
 from dawhisper.deepfilternet import load_deepfilternet, resampled, running_mean
 from dawhisper.errors import OptionError
-from dawhisper.front_end import shares_of, through
+from dawhisper.front_end import FrontEnd, hearings, shares_of, through
 from dawhisper.model import DualOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,16 +30,16 @@ def deepfilternet(samples: np.ndarray) -> np.ndarray:
 
 def test_the_mix() -> None:
     samples = noise(1.0)
-    assert through([samples], None, 0.6)[0] is samples and through([samples], np.zeros_like, 0.0)[0] is samples
-    np.testing.assert_allclose(through([samples], np.zeros_like, 0.6)[0], 0.4 * samples, rtol=1e-5)
-    (apart,) = through([samples], np.zeros_like, (0, 0.6))
+    assert through([samples], FrontEnd())[0] is samples and through([samples], FrontEnd(np.zeros_like, 0))[0] is samples
+    np.testing.assert_allclose(through([samples], FrontEnd(np.zeros_like, 0.6))[0], 0.4 * samples, rtol=1e-5)
+    (apart,) = through([samples], FrontEnd(np.zeros_like, (0, 0.6)))
     np.testing.assert_allclose(apart, [samples, 0.4 * samples], rtol=1e-5)
     # 0.7 of the amplitude over 0.3 are 7.4 dB
     for mix, left, cleaned in ((1.0, samples, samples * 0.7), ((0, 1), [samples] * 2, [samples, samples * 0.7])):
-        np.testing.assert_allclose(through([samples], lambda x: 0.7 * x, mix, 7.0)[0], left, rtol=1e-5)
-        np.testing.assert_allclose(through([samples], lambda x: 0.7 * x, mix, 7.5)[0], cleaned, rtol=1e-5)
+        np.testing.assert_allclose(through([samples], FrontEnd(lambda x: 0.7 * x, mix, 7.0))[0], left, rtol=1e-5)
+        np.testing.assert_allclose(through([samples], FrontEnd(lambda x: 0.7 * x, mix, 7.5))[0], cleaned, rtol=1e-5)
     with pytest.raises(OptionError, match="gives as many samples as it gets: 16000, not \\[10\\]"):
-        through([samples], lambda x: x[:10], 0.6)
+        through([samples], FrontEnd(lambda x: x[:10]))
     with pytest.raises(OptionError, match="front_end is deepfilternet, or in Python a callable, not 'sox'"):
         dawhisper.transcribe(None, samples, front_end="sox")  # type: ignore[arg-type]
     assert shares_of("0,0.6") == [0, 0.6] and shares_of("0.6") == shares_of(0.6) == shares_of((0.6,)) == [0.6]
@@ -78,6 +79,45 @@ def test_each_branch_hears_its_own_share(batch_size: int | None) -> None:
     assert heard(secondary, 0.2, 0.9) == heard(secondary, 0.9) != heard(secondary, 0.2)
     with pytest.raises(OptionError, match="give one front_end_mix"):
         heard(primary, 0.0, 0.6, memory_layers=1)
+
+
+def test_hearings() -> None:
+    """Those that the enhancer changes are heard as they are, too; the first ones are of one recording each."""
+    quiet, loud = noise(1.0), noise(1.0, seed=1)
+    for mix, shape in ((0.5, (16000,)), ((0, 0.5), (2, 16000))):
+        only_loud = FrontEnd(lambda x: x if x is quiet else 0.7 * x, mix, 20.0, choose=True)
+        heard, hearing_of = hearings([quiet, loud], only_loud)
+        assert hearing_of == [0, 1, 1] and [x.shape for x in heard] == [shape] * 3
+        for got, want in zip(heard, [quiet, loud, (1 - 0.5 * 0.3) * loud]):
+            np.testing.assert_allclose(np.atleast_2d(got)[-1], want, rtol=1e-5)
+        assert hearings([quiet, loud], replace(only_loud, choose=False))[1] == [0, 1]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 4])
+def test_the_likelier_of_two_hearings(batch_size: int | None) -> None:
+    """Each recording's text, with its words, is that of the hearing whose log probability is higher."""
+    model = talkative(trained(DualOptions()))
+    options = {**FAST, **SURE, "language": "en", "batch_size": batch_size, "temperature": 0.0}
+    # one segment a window, and one window a recording
+    options |= {"without_timestamps": True, "word_timestamps": batch_size is not None}
+    recordings = [hiss(3.0), hiss(3.0) ** 2]  # the model is surer of the first
+
+    def cleaned(x: np.ndarray) -> np.ndarray:
+        return hiss(len(x) / 16000) if x.min() >= 0 else x**2
+
+    plain = dawhisper.transcribe(model, recordings, **options)
+    other = dawhisper.transcribe(model, [cleaned(x) for x in recordings], **options)
+    hearing = {"front_end": cleaned, "front_end_mix": 1.0, "front_end_snr": None}
+    chosen = dawhisper.transcribe(model, recordings, front_end_choose=True, **hearing, **options)
+    likelier = [b.segments[0].avg_logprob > a.segments[0].avg_logprob for a, b in zip(plain, other)]
+    assert likelier == [False, True]
+    for a, b, better, got in zip(plain, other, likelier, chosen):
+        [want], [segment] = (b if better else a).segments, got.segments
+        assert (segment.text, segment.tokens) == (want.text, want.tokens) and a.text != b.text
+        assert [(w.word, w.start, w.end) for w in segment.words or ()] == [
+            (w.word, w.start, w.end) for w in want.words or ()
+        ]
+        assert segment.avg_logprob == pytest.approx(want.avg_logprob, abs=1e-4)
 
 
 def test_sampling_rates() -> None:
@@ -172,7 +212,7 @@ def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_enhances_as_the_cpu(noisy: np.ndarray) -> None:
     shorter = noisy[:20000]  # it is taken together with the longer one
-    on_gpu = through([shorter, noisy], "deepfilternet", 1.0, None, torch.device("cuda"))
+    on_gpu = through([shorter, noisy], FrontEnd("deepfilternet", 1.0, None), torch.device("cuda"))
     assert decibels(deepfilternet(noisy), on_gpu[1]) > 40 and decibels(deepfilternet(shorter), on_gpu[0]) > 40
 
 

@@ -133,7 +133,10 @@ PROTOCOLS = {
         voicebank_demand, ("recorded",), (), "clean_testset_wav, noisy_testset_wav and testset_txt"
     ),
     "chime4": Protocol(
-        chime4, ("recorded",), (), "isolated_1ch_track/{dt05,et05}_*_{real,simu}/*.wav, and their .trn or .trn_all files"
+        chime4,
+        ("recorded",),
+        (),
+        "isolated_1ch_track/{dt05,et05}_*_{real,simu}/*.wav, and their .trn or .trn_all files",
     ),
     "ami-sdm": Protocol(
         ami_sdm, ("recorded",), (), "MEETING/audio/*.Array1-01.wav, and the annotation's segments/ and words/"

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from dawhisper.checkpoint import OWN_MODEL, available_models, load_model
 from dawhisper.decoding import DecodingOptions
 from dawhisper.errors import CheckpointError, OptionError, near_names, one_line
 from dawhisper.formats.huggingface import hide_broken_torchaudio
-from dawhisper.front_end import Shares, shares_of, through
+from dawhisper.front_end import FrontEnd, hearings, shares_of, through
 from dawhisper.transcribe import transcribe
 from dawhisper.window import decode_clips
 
@@ -40,15 +40,13 @@ EVALUATED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.
 class ModelSpec:
     """A model to evaluate: its label in the results, back end ("" is ours), and name or path.
 
-    front_end: the enhancer that it hears recordings through, "" for none; mix, snr: as of `through`.
+    front_end: how it hears recordings.
     """
 
     label: str
     backend: str
     path: str
-    front_end: str = ""
-    mix: Shares = 0.0
-    snr: float | None = None
+    front_end: FrontEnd = field(default_factory=FrontEnd)
 
     @property
     def spec(self) -> str:
@@ -118,17 +116,18 @@ def _parse(name: str) -> ModelSpec:
     return ModelSpec(label, backend, path)
 
 
-def behind(specs: Sequence[ModelSpec], front_end: str, mix: Shares, snr: float | None) -> list[ModelSpec]:
+def behind(specs: Sequence[ModelSpec], front_end: FrontEnd) -> list[ModelSpec]:
     """The same models, each behind an enhancer."""
-    return [replace(one, label=f"{one.label}+{front_end}", front_end=front_end, mix=mix, snr=snr) for one in specs]
+    return [replace(one, label=f"{one.label}+{front_end.enhancer}", front_end=front_end) for one in specs]
 
 
 def check_models(specs: Sequence[ModelSpec], dtype: str | None = None, rerank: str | None = None) -> None:
     """Raise for a model that can't be loaded or decoded so, before hours are spent on those that stand before it."""
     for spec in specs:
-        if spec.backend and len(shares_of(spec.mix)) > 1:
+        if spec.backend and (len(shares_of(spec.front_end.mix)) > 1 or spec.front_end.choose):
             raise OptionError(
-                f"--model {spec.spec}: {PACKAGES[spec.backend][1]} hears once; give one share as --front_end_mix"
+                f"--model {spec.spec}: {PACKAGES[spec.backend][1]} hears once; give one share as --front_end_mix, and "
+                "leave out --front_end_choose"
             )
         if spec.backend and rerank:
             raise OptionError(
@@ -158,8 +157,9 @@ def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, s
     """The recogniser of a spec; raises a DawhisperError when the model can't be loaded."""
     if not spec.backend:
         return Ours(spec, decoding, device, seed)
-    if spec.front_end:
-        return Cleaned(load_recognizer(replace(spec, front_end=""), decoding, device, seed), spec, device)
+    if spec.front_end.enhancer:
+        bare = load_recognizer(replace(spec, front_end=FrontEnd()), decoding, device, seed)
+        return Cleaned(bare, spec.front_end, device)
     kinds: dict[str, Any] = {"openai": OpenAI, "faster": Faster, "hf": HuggingFace, "cpp": WhisperCpp}
     try:
         return kinds[spec.backend](spec, decoding, device, seed)
@@ -171,11 +171,11 @@ def load_recognizer(spec: ModelSpec, decoding: Decoding, device: torch.device, s
 class Cleaned:
     """Another package's recogniser behind an enhancer."""
 
-    def __init__(self, recognize: Recognizer, spec: ModelSpec, device: torch.device):
-        self.recognize, self.spec, self.device = recognize, spec, device
+    def __init__(self, recognize: Recognizer, front_end: FrontEnd, device: torch.device):
+        self.recognize, self.front_end, self.device = recognize, front_end, device
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
-        return self.recognize(through(audio, self.spec.front_end, self.spec.mix, self.spec.snr, self.device), language)
+        return self.recognize(through(audio, self.front_end, self.device), language)
 
 
 class Ours:
@@ -183,7 +183,7 @@ class Ours:
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, device: torch.device, seed: int):
         self.model = load_model(spec.path, device=device, dtype=decoding.dtype)
-        self.spec, self.decoding, self.seed = spec, decoding, seed
+        self.front_end, self.decoding, self.seed = spec.front_end, decoding, seed
         self.searched: dict[str, Any] = {"beam_size": decoding.beam_size, "rerank": decoding.rerank}
 
     def __call__(self, audio: Sequence[np.ndarray], language: str | None) -> list[str]:
@@ -191,16 +191,15 @@ class Ours:
             return [self._transcribe(x, language) for x in audio]
         torch.manual_seed(self.seed)  # reranking samples; a batch must not hear of those before it
         options = DecodingOptions(language=language, without_timestamps=True, **self.searched)
-        if self.spec.front_end:
-            audio = through(audio, self.spec.front_end, self.spec.mix, self.spec.snr, self.model.device)
-        return [result.text for result in decode_clips(self.model, audio, options)]
+        heard, hearing_of = hearings(audio, self.front_end, self.model.device)
+        return [result.text for result in decode_clips(self.model, heard, options, hearing_of)]
 
     def _transcribe(self, audio: np.ndarray, language: str | None) -> str:
         torch.manual_seed(self.seed)  # the fallback samples; an utterance must not hear of those before it
         options: dict[str, Any] = {} if self.decoding.fallback else {"temperature": 0.0}
-        if self.spec.front_end:
-            options |= {"front_end": self.spec.front_end}
-            options |= {"front_end_mix": self.spec.mix, "front_end_snr": self.spec.snr}
+        heard = self.front_end
+        options |= {"front_end": heard.enhancer, "front_end_mix": heard.mix}
+        options |= {"front_end_snr": heard.snr, "front_end_choose": heard.choose}
         result = transcribe(self.model, audio, language=language, **self.searched, **options)
         return result.text.strip()  # type: ignore[union-attr]  # one recording, one result
 

@@ -29,7 +29,7 @@ from dawhisper.decoding import language_code
 from dawhisper.distributed import World
 from dawhisper.errors import DataError, OptionError
 from dawhisper.files import json_lines
-from dawhisper.front_end import FRONT_END_MIX, FRONT_END_SNR, check_front_end, shares_of
+from dawhisper.front_end import FRONT_END_MIX, FRONT_END_SNR, FrontEnd, shares_of
 from dawhisper.noise.mixing import Mixture
 from dawhisper.noise.recordings import NoiseBank
 from dawhisper.options import option
@@ -70,8 +70,8 @@ class EvaluateOptions:
     device: "auto", "cpu", "cuda", "cuda:N".
     normalizer: "auto" (English for English, else basic), "english", "basic" or "none".
     bootstrap_samples: of every interval and test. write_audio: folder for the mixtures, as WAV.
-    front_end, front_end_mix, front_end_snr: measure every model behind this enhancer too, with this share, below this
-        SNR (dawhisper/front_end.py).
+    front_end, front_end_mix, front_end_snr, front_end_choose: measure every model behind this enhancer too, with this
+        share, below this SNR, beside what it hears without (dawhisper/front_end.py).
     gates: measure the gate and attention of dual models too. plots: draw PNGs, if matplotlib is installed.
     """
 
@@ -121,6 +121,9 @@ class EvaluateOptions:
     front_end_snr: float | None = option(
         FRONT_END_SNR, "dB of speech over noise from which on all stays as it is; None: never", metavar="DB"
     )
+    front_end_choose: bool = option(
+        False, "hear what is cleaned as it is, too, and keep the likelier text; dawhisper's models alone"
+    )
     gates: bool = option(True, "leave out the gate and attention of dual models", flag=True)
     plots: bool = option(True, "leave out the PNGs", flag=True)
 
@@ -155,8 +158,8 @@ def evaluate(options: EvaluateOptions) -> tables.Results | None:
     wanted = conditions(options.kinds, options.snrs)
     models = recognizers.parse_models(options.models)
     if options.front_end:
-        check_front_end(options.front_end)
-        models += recognizers.behind(models, options.front_end, options.front_end_mix, options.front_end_snr)
+        heard = options.front_end, options.front_end_mix, options.front_end_snr, options.front_end_choose
+        models += recognizers.behind(models, FrontEnd(*heard))
     recognizers.check_models(models, options.dtype, options.rerank)
     language = None if options.language in (None, "auto") else language_code(str(options.language))
     if options.protocol is None:
@@ -346,7 +349,7 @@ def _decode(
     latency = time.perf_counter() - start
     readings: Sequence[GateReading | None] = [None] * len(texts)
     readable = (
-        gates and not spec.front_end and max(map(len, audio)) <= N_SAMPLES
+        gates and not spec.front_end.enhancer and max(map(len, audio)) <= N_SAMPLES
     )  # they are read of mixtures as they are
     if readable and isinstance(recognize, Ours) and recognize.model.dual:
         readings = read_gates(recognize.model, mel_batch(recognize.model, audio), texts, mixtures, batch.language)
@@ -374,7 +377,7 @@ class Keys:
 
     def __init__(self, spec: ModelSpec, decoding: Decoding, options: EvaluateOptions, mixer: Mixer):
         self.common = [spec.fingerprint(), str(decoding), str(options.gates)]
-        self.common += [spec.front_end, str(spec.mix), str(spec.snr)] if spec.front_end else []
+        self.common += [str(spec.front_end)] if spec.front_end.enhancer else []
         self.detect = options.language == "auto"
         self.sources = {kind: mixer.signature(kind) for kind in options.kinds}
 

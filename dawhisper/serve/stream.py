@@ -216,7 +216,7 @@ class Stream:
         self.fresh = 0
         model, n = self.model, len(self.buffer)
         mel = log_mel_spectrogram(pad_or_trim(self.buffer, max(n, SAMPLE_RATE)), model.dims.n_mels, device=model.device)
-        features = encode_window(model, mel, Window(0, min(N_FRAMES, mel.shape[-1])))
+        features = encode_window(model, mel[None], Window(0, min(N_FRAMES, mel.shape[-1])))
         prefix = [token for word in self.final for token in word.tokens]
         longest = min(self._most_tokens(), max(1, model.dims.n_text_ctx // 2 - len(prefix)))
         options = DecodingOptions(
@@ -414,7 +414,7 @@ def warm_up(model: Whisper) -> None:
     heard = Stream(model, StreamOptions(language="en"))
     heard.feed(np.zeros(SAMPLE_RATE, np.float32))
     mel = log_mel_spectrogram(np.zeros(SAMPLE_RATE, np.float32), model.dims.n_mels, device=model.device)
-    features = encode_window(model, mel, Window(0, mel.shape[-1]))
+    features = encode_window(model, mel[None], Window(0, mel.shape[-1]))
     tokenizer = model_tokenizer(model, "en")
     decode_windows(model, features, DecodingOptions(language="en", sample_len=TOKENS))
     find_alignment(model, tokenizer, tokenizer.encode(" One, two."), features, mel.shape[-1])

@@ -38,6 +38,7 @@ from dawhisper.evaluation.recognizers import Decoding, ModelSpec, check_models, 
 from dawhisper.evaluation.run import EvaluateOptions, evaluate, plan_batches, read_hypotheses
 from dawhisper.evaluation.scores import Hypothesis, Scorer
 from dawhisper.formats.dawhisper import save_model
+from dawhisper.front_end import FrontEnd
 from dawhisper.model import DualOptions, ModelDimensions, Whisper
 from dawhisper.noise.mixing import Mixture, measure_snr
 from dawhisper.noise.recordings import NoiseBank
@@ -348,7 +349,7 @@ def test_reranked_texts(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--rerank reaches the decoding of a batch, whose samples don't depend on what was heard before."""
     asked: list[DecodingOptions] = []
 
-    def drawn(model: Whisper, clips: list[np.ndarray], options: DecodingOptions) -> list[Any]:
+    def drawn(model: Whisper, clips: list[np.ndarray], options: DecodingOptions, hearing_of: list[int]) -> list[Any]:
         asked.append(options)
         return [SimpleNamespace(text=str(torch.rand(()).item())) for _ in clips]
 
@@ -691,7 +692,7 @@ def test_the_branches_hear_apart(
     path = tmp_path / "dual.safetensors"
     save_model(talkative(trained(DualOptions(memory_layers=-1)), eot_bias=5.0), path, dtype="fp32")
     model, audio = load_model(path, device="cpu", dtype="fp32"), noise(seconds)
-    spec = replace(ModelSpec("dual", "", str(path)), front_end="deepfilternet", mix="0.1,0.9")
+    spec = ModelSpec("dual", "", str(path), FrontEnd("deepfilternet", "0.1,0.9", None))
     recognize = load_recognizer(spec, Decoding(fallback=fallback), torch.device("cpu"), 0)
     torch.manual_seed(0)
     if seconds <= 30 and not fallback:
@@ -724,21 +725,21 @@ def test_each_model_is_measured_without_a_front_end_and_behind_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two are told apart in what is kept."""
-    monkeypatch.setattr("dawhisper.evaluation.run.check_front_end", lambda name: None)
-    heard: list[tuple[float, float]] = []
+    monkeypatch.setattr("dawhisper.front_end.weights_path", lambda: None)
+    heard: list[FrontEnd] = []
 
-    def through(
-        recordings: list[np.ndarray], name: str, mix: float, snr: float, device: torch.device
-    ) -> list[np.ndarray]:
-        heard.extend([(mix, snr)] * len(recordings))
-        return [samples * 0 for samples in recordings]
+    def hear(
+        recordings: list[np.ndarray], front_end: FrontEnd, device: torch.device
+    ) -> tuple[list[np.ndarray], list[int]]:
+        heard.extend([front_end] * len(recordings))
+        return recordings, list(range(len(recordings)))
 
-    monkeypatch.setattr("dawhisper.evaluation.recognizers.through", through)
+    monkeypatch.setattr("dawhisper.evaluation.recognizers.hearings", hear)
     manifest, model = str(data / "set0/manifest.jsonl"), f"tiny={data / 'single.safetensors'}"
     chosen = {"manifests": [manifest], "models": [model], "kinds": ["clean"], "plots": False}
     results = evaluate(options(data, tmp_path, front_end="deepfilternet", front_end_mix=0.3, **chosen))
     assert results is not None and list(results.models) == ["tiny", "tiny+deepfilternet"]
-    assert set(heard) == {(0.3, 5.0)} and len(heard) == 3  # two clips, and one that warms up
+    assert heard == [FrontEnd()] * 3 + [FrontEnd("deepfilternet", 0.3)] * 3  # two clips, and one that warms up
     assert len({hypothesis.key for hypothesis in read_hypotheses(tmp_path)}) == 4
     with pytest.raises(OptionError, match="front_end_mix"):
         options(data, tmp_path, front_end_mix=-1)
