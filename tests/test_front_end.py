@@ -91,6 +91,9 @@ def test_hearings() -> None:
         for got, want in zip(heard, [quiet, loud, (1 - 0.5 * 0.3) * loud]):
             np.testing.assert_allclose(np.atleast_2d(got)[-1], want, rtol=1e-5)
         assert hearings([quiet, loud], replace(only_loud, choose=False))[1] == [0, 1]
+        beside_gpu = torch.device("cuda")
+        assert hearings([quiet, loud], only_loud, beside_gpu)[1] == [0, 1, 0, 1]
+        assert hearings([quiet, quiet], only_loud, beside_gpu)[1] == [0, 1]
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 4])
