@@ -47,6 +47,7 @@ from .window import (
     leading_silence,
     mel_batch,
     pick,
+    rows_of,
     split_window,
     spoken,
     spoken_languages,
@@ -310,7 +311,7 @@ def hear_batch(model: Whisper, batch: list[PendingWindow], options: TranscribeOp
     silent = leading_silence(mel[: len(batch)], [job.chunk.size for job in batch])
     later = [without_silence(job.window, frames) for job, frames in zip(batch, silent)]
     audible = [i for i, split in enumerate(later) if split is None]
-    rows = [row for row, i in enumerate(hearing_of) if later[i] is None]
+    rows = rows_of(audible, hearing_of)
     of = [audible.index(hearing_of[row]) for row in rows]
     results = decode_jobs(model, mel if len(rows) == len(mel) else mel[rows], [batch[i] for i in audible], of, options)
     decoded = dict(zip(audible, results))
@@ -357,7 +358,7 @@ def decode_jobs(
     for (language, _), same in alike.items():
         own = asked[same[0]].speaking(language)
         prompt = Prompt.of(model, jobs[same[0]].recording.tokenizer, own).initial
-        rows = [row for row, i in enumerate(hearing_of) if i in same]
+        rows = rows_of(same, hearing_of)
         of = [hearing_of[row] for row in rows]
         results.update(zip(same, decode_with_fallback(model, pick(features, rows), own, prompt, of)))
     return (results[i] for i in range(len(jobs)))

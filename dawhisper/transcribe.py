@@ -213,6 +213,6 @@ def hear_window(
     if options.multilingual:
         language, *_ = spoken_languages(model, features, replace(options, verbose=None))
         options = options.speaking(language)
-    hearings_of = [0] * len(features.primary)
-    (result,) = decode_with_fallback(model, features, options, prompt.tokens(options), hearings_of)
+    hearing_of = [0] * len(features.primary)
+    (result,) = decode_with_fallback(model, features, options, prompt.tokens(options), hearing_of)
     return split_window(model, recording, window, result, options, last_speech), result

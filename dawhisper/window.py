@@ -6,7 +6,7 @@ window is encoded once, however often it is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -273,13 +273,18 @@ def decode_with_fallback(
     results: dict[int, DecodingResult] = {}
     failing = set(windows)
     for temperature in options.temperatures():
-        rows = [row for row, window in enumerate(windows) if window in failing]
+        rows = rows_of(failing, windows)
         decoded = decode_windows(model, pick(features, rows), options.at(temperature, prompt))
         results |= likeliest(decoded, [windows[row] for row in rows])
         failing = {window for window in failing if needs_fallback(model, results[window], options)}
         if not failing:
             break
     return [results[window] for window in sorted(results)]
+
+
+def rows_of(windows: Collection[int], hearing_of: Sequence[int]) -> list[int]:
+    """The rows that are hearings of these windows; hearing_of: which window each row is a hearing of."""
+    return [row for row, window in enumerate(hearing_of) if window in windows]
 
 
 def likeliest(results: Sequence[DecodingResult], hearing_of: Sequence[int]) -> dict[int, DecodingResult]:

@@ -25,15 +25,10 @@ from dawhisper.window import (
 
 
 def test_a_window_is_encoded_as_long_as_the_model_was_trained_for() -> None:
-    mel = torch.randn(80, 3000)
-    assert encode_window(Whisper(MULTILINGUAL), mel[None], Window(0, 410)).primary.shape[1] == 1500
-    assert (
-        encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel[None], Window(0, 410)).primary.shape[1] == 300
-    )
-    assert (
-        encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel[None], Window(0, 3000)).primary.shape[1]
-        == 1500
-    )
+    mel = torch.randn(1, 80, 3000)
+    assert encode_window(Whisper(MULTILINGUAL), mel, Window(0, 410)).primary.shape[1] == 1500
+    assert encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel, Window(0, 410)).primary.shape[1] == 300
+    assert encode_window(Whisper(MULTILINGUAL, variable_audio_ctx=True), mel, Window(0, 3000)).primary.shape[1] == 1500
 
 
 def test_fallback_and_silence() -> None:

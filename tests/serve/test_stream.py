@@ -67,7 +67,8 @@ def tiny_en(tiny_en_path: Path) -> dawhisper.Whisper:
 def test_no_word_is_lost_or_said_twice(tiny_en: dawhisper.Whisper, speech: np.ndarray, policy: str) -> None:
     update = listen(tiny_en, speech, language="en", policy=policy, step=2.0, longest=8.0)
     said = words_in(text_of(update.words))
-    assert [said.count(w) for w in ("modern printers", "practiced in the very best establishments")] == [2, 2]
+    for phrase in ("modern printers", "but it is only practiced in the very best establishments"):
+        assert said.count(phrase) == 2
     assert wrong_words(said, f"{SPEECH} {SPEECH}") <= 8  # tiny.en mishears three words in the middle of each
     assert update.end_of_turn
     assert "".join(s.text for s in update.segments) == text_of(update.words)
@@ -79,7 +80,7 @@ def test_no_word_is_lost_or_said_twice(tiny_en: dawhisper.Whisper, speech: np.nd
 def test_words_come_before_the_end(tiny_en: dawhisper.Whisper, speech: np.ndarray) -> None:
     stream = Stream(tiny_en, StreamOptions(language="en"))
     early = text_of(stream.feed(speech[: 16000 * 4]).words)
-    assert {"modern", "printers"} <= set(words_in(early).split())
+    assert words_in(early).startswith("modern printers")
 
 
 @pytest.mark.parametrize("piece", [160, 7777, 16000 * 40])
@@ -360,7 +361,7 @@ def test_the_command_reads_a_pipe(tiny_en_path: Path, assets: Path) -> None:
     done = subprocess.run([*command, "--device", "cpu"], input=data, capture_output=True, timeout=120, check=True)
     updates = [json.loads(line) for line in done.stdout.splitlines()]
     said = "".join(segment["text"] for update in updates for segment in update["segments"])
-    assert wrong_words(said) <= 4
+    assert "best establishments" in said and wrong_words(said) <= 4
     assert updates[-1]["end_of_turn"]
 
 
@@ -438,7 +439,7 @@ def test_the_microphone_until_it_is_interrupted(
     plug_in(monkeypatch, load_audio(assets / "speech.opus"), _thread.interrupt_main, hurried)
     assert hear("--model", str(tiny_en_path)) == 0
     out, err = capsys.readouterr()
-    assert wrong_words(out) <= 4
+    assert words_in(out).endswith("very best establishments") and wrong_words(out) <= 4
     assert "Ctrl-C" in err
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -450,7 +451,7 @@ def test_a_microphone_that_fails(
     plug_in(monkeypatch, load_audio(assets / "speech.opus"))
     assert hear(*model) == 1
     out, err = capsys.readouterr()
-    assert wrong_words(out) <= 4  # what was said before
+    assert words_in(out).endswith("very best establishments") and wrong_words(out) <= 4  # what was said before
     assert "the microphone has stopped" in err
     for device in ("broken", "none"):
         assert hear(*model, "--input_device", device) == 1
