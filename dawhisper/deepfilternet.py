@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ FILTERED = 96  # bins that are filtered over time; those above have a gain for e
 ORDER, AHEAD = 5, 2  # frames that a filter reads, and how many of them lie ahead
 DECAY = 0.99  # of the running means that the features are measured against: a second
 RUN_UP, SPAN = 5, 30  # seconds that a span of a recording hears before its own, and of its own
+SHORT_SPAN, RECALLED = 500, 300  # frames of a recurrent layer in training, and those before them that it hears
 TOGETHER = 16  # as many such spans are taken at once, which bounds the memory
 SILENCE = 800  # samples at 16 kHz behind a span, in which the ends of its resampling ring
 
@@ -144,11 +145,15 @@ class DeepFilterNet(nn.Module):
         self.register_buffer("window", window.float(), persistent=False)
 
     @torch.no_grad()
-    def forward(self, samples: Tensor) -> Tensor:
-        """[B, n] at 16 kHz -> [B, n]"""
+    def forward(self, samples: Tensor, span: int | None = None) -> Tensor:
+        """[B, n] at 16 kHz -> [B, n]
+
+        span: frames that the recurrent layers take at a time, see `recalled`: nearly the same for a quarter of their
+        steps, which come one after the other and are what a GPU takes longest for.
+        """
         wide = resampled(F.pad(samples, (0, SILENCE)), FACTOR)
         spectrum = self.analysed(wide)
-        gains, coefficients = self.decide(*self.features(spectrum))
+        gains, coefficients = self.decide(*self.features(spectrum), span)
         made = spectrum * gains.repeat_interleave(torch.tensor(BANDS, device=gains.device), dim=-1)
         made[..., :FILTERED] = self.filtered(spectrum[..., :FILTERED], coefficients)
         return resampled(self.synthesised(made, wide.shape[-1]), 1 / FACTOR)[:, : samples.shape[-1]]
@@ -173,7 +178,7 @@ class DeepFilterNet(nn.Module):
         level, bins = (F.pad(x[:, AHEAD:], (0, 0, 0, AHEAD)) for x in (level, bins.flatten(2)))
         return level[:, None], bins.unflatten(-1, (FILTERED, 2)).permute(0, 3, 1, 2)
 
-    def decide(self, level: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(self, level: Tensor, bins: Tensor, span: int | None = None) -> tuple[Tensor, Tensor]:
         """Gains [B, S, E] of the bands, and the filters' complex coefficients [B, S, 96, ORDER]."""
         c, (embed, inside, outside) = self.convolutions, self.encoder_linear
         e0 = F.relu(c[0](F.pad(level, (0, 0, 2, 0))))
@@ -183,23 +188,24 @@ class DeepFilterNet(nn.Module):
         c0 = F.relu(c[4](F.pad(bins, (0, 0, 2, 0))))
         c1 = F.relu(c[5](c0))
         heard = e3.permute(0, 2, 3, 1).flatten(2) + F.relu(embed(c1.permute(0, 2, 3, 1).flatten(2)))
-        heard = F.relu(outside(self.encoder_gru(F.relu(inside(heard)))[0]))
-        return self.gains(heard, e0, e1, e2, e3), self.coefficients(heard, c0)
+        heard = F.relu(outside(recalled([self.encoder_gru], F.relu(inside(heard)), span)))
+        return self.gains(heard, e0, e1, e2, e3, span), self.coefficients(heard, c0, span)
 
-    def gains(self, heard: Tensor, e0: Tensor, e1: Tensor, e2: Tensor, e3: Tensor) -> Tensor:
+    def gains(self, heard: Tensor, e0: Tensor, e1: Tensor, e2: Tensor, e3: Tensor, span: int | None) -> Tensor:
         """What the encoder heard [B, S, 512], and its layers' outputs -> gains [B, S, E] in 0 to 1"""
         c, (wide2, wide1), (inside, outside) = self.band_convolutions, self.band_widening, self.band_linear
         x = F.relu(inside(heard))
-        x = F.relu(outside(stacked(self.band_gru, x))).unflatten(-1, (e3.shape[-1], -1)).permute(0, 3, 1, 2)
+        x = F.relu(outside(recalled(self.band_gru, x, span))).unflatten(-1, (e3.shape[-1], -1)).permute(0, 3, 1, 2)
         x = F.relu(c[1](F.relu(c[0](e3)) + x))
         x = F.relu(wide2(F.relu(c[2](e2)) + x))
         x = F.relu(wide1(F.relu(c[3](e1)) + x))
         return c[5](F.relu(c[4](e0)) + x).sigmoid()[:, 0]
 
-    def coefficients(self, heard: Tensor, c0: Tensor) -> Tensor:
+    def coefficients(self, heard: Tensor, c0: Tensor, span: int | None) -> Tensor:
         """What the encoder heard [B, S, 512], and its first look at the bins -> complex [B, S, 96, ORDER]"""
         (inside, skip, outside) = self.filter_linear
-        x = outside(stacked(self.filter_gru, F.relu(inside(heard))) + skip(heard)).tanh().unflatten(-1, (FILTERED, -1))
+        x = outside(recalled(self.filter_gru, F.relu(inside(heard)), span) + skip(heard)).tanh()
+        x = x.unflatten(-1, (FILTERED, -1))
         x = x + F.relu(self.filter_convolution(F.pad(c0, (0, 0, ORDER - 1, 0)))).permute(0, 2, 3, 1)
         return torch.view_as_complex(x.unflatten(-1, (ORDER, 2)).contiguous())
 
@@ -229,10 +235,22 @@ class DeepFilterNet(nn.Module):
         return made
 
 
-def stacked(grus: nn.ModuleList, x: Tensor) -> Tensor:
-    """[B, S, n] through one GRU after the other"""
+def recalled(grus: Iterable[nn.Module], x: Tensor, span: int | None = None) -> Tensor:
+    """[B, S, n] through one GRU after the other
+
+    span: where S is longer, each has forgotten what lies more than RECALLED frames before so many frames, which lie in
+    the batch then.
+    """
+    length, before = x.shape[1], RECALLED
+    if span is None or length <= span + before:
+        for gru in grus:
+            x = gru(x)[0]
+        return x
     for gru in grus:
-        x = gru(x)[0]
+        first = gru(x[:, : span + before])[0]  # begins with the recording
+        rest = F.pad(x[:, span:], (0, 0, 0, -(length - before) % span)).unfold(1, before + span, span)
+        own = gru(rest.transpose(2, 3).flatten(0, 1))[0][:, before:]  # of spans that begin at `before + span` and on
+        x = torch.cat([first, own.unflatten(0, rest.shape[:2]).flatten(1, 2)], dim=1)[:, :length]
     return x
 
 

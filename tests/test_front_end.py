@@ -212,6 +212,20 @@ def test_a_long_recording_is_enhanced_in_spans(noisy: np.ndarray, monkeypatch: p
     np.testing.assert_allclose(in_spans[:31000], whole[:31000], atol=1e-3)  # the first span has all that was before
 
 
+def test_recurrent_layers_may_forget(noisy: np.ndarray) -> None:
+    """Two clips of 9.6 s, whose recurrent layers take five seconds and then three spans side by side."""
+    clips, net = torch.from_numpy(np.stack([np.tile(noisy, 3), np.tile(noisy[::-1], 3)])), load_deepfilternet()
+    steps: list[tuple[int, ...]] = []
+    handle = net.encoder_gru.register_forward_pre_hook(lambda module, given: steps.append(tuple(given[0].shape[:2])))
+    whole, forgetful = net(clips), net(clips, 200)
+    handle.remove()
+    assert steps == [(2, 966), (2, 500), (6, 500)]  # frames of 10 ms, those behind the end too
+    for one, other in zip(whole.numpy(), forgetful.numpy()):
+        assert 20 < decibels(one, other) < 60
+    torch.testing.assert_close(forgetful[:, : 4 * 16000], whole[:, : 4 * 16000], atol=1e-3, rtol=0)
+    torch.testing.assert_close(net(clips, 700), whole)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_enhances_as_the_cpu(noisy: np.ndarray) -> None:
     shorter = noisy[:20000]  # it is taken together with the longer one

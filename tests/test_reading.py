@@ -26,7 +26,7 @@ from dawhisper.data.manifest import encode_audio
 from dawhisper.errors import AudioError
 from dawhisper.reading import LONG, Readers, Reading, Span
 from dawhisper.transcription import TranscribeOptions
-from dawhisper.vad import BLOCK, Chunk, Skip, VadOptions
+from dawhisper.vad import BLOCK, Chunk, Skip, VadOptions, detector
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_its_pieces_are_those_read_here(files: list[Path], readers: Readers) -> 
 
 def said(pieces: Iterator[Chunk | Skip]) -> tuple[list[Chunk | Skip], list[str], str]:
     """The pieces, the warnings, and the error."""
+    detector()  # whose package has warnings of its own when it is loaded
     given, error = [], ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

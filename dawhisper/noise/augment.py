@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dawhisper.audio import N_SAMPLES
 from dawhisper.data.loader import padded_samples
-from dawhisper.deepfilternet import TOGETHER, load_deepfilternet, weights_path
+from dawhisper.deepfilternet import SHORT_SPAN, TOGETHER, load_deepfilternet, weights_path
 from dawhisper.distributed import onto
 from dawhisper.errors import OptionError
 
@@ -365,8 +365,8 @@ class Augment:
         for some in index.split(max(1, TOGETHER * N_SAMPLES // x.shape[-1])) if len(index) else ():
             rows, share = onto(x.device, some), onto(x.device, mix[some])[:, None]
             heard = x[rows]
-            cleaned = load_deepfilternet(str(x.device))(heard) * length_mask(lengths[rows], x.shape[-1])
-            mixed = torch.lerp(heard, cleaned, share)
+            cleaned = load_deepfilternet(str(x.device))(heard, SHORT_SPAN)
+            mixed = torch.lerp(heard, cleaned * length_mask(lengths[rows], x.shape[-1]), share)
             if second is not None:
                 second.index_copy_(0, rows, mixed)
                 mixed = torch.where(onto(x.device, apart[some])[:, None], heard, mixed)

@@ -111,7 +111,7 @@ def test_plain_noise_is_clean_plus_noise_in_the_asked_range() -> None:
 def test_cleaned_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     """The asked share of the clips is heard through DeepFilterNet, in part; what is drawn for all else stays."""
     options = dataclasses.replace(EVERYTHING, cleaned_prob=0.5, cleaned_mix=(0.6, 0.6))
-    monkeypatch.setattr(noise, "load_deepfilternet", lambda device="cpu": lambda x: x + 2)
+    monkeypatch.setattr(noise, "load_deepfilternet", lambda device="cpu": lambda x, span: x + 2)
     monkeypatch.setattr(noise, "weights_path", lambda: None)
     audio, lengths = voices(64)
     plain, cleaned = augment()(audio, lengths, 3), augment(options)(audio, lengths, 3)

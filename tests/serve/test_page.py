@@ -250,17 +250,21 @@ def test_a_server_that_dies_is_said(browser: object, tiny_en_path: Path, assets:
     long.write_bytes(wav(np.tile(load_audio(assets / "speech.opus"), 20)))
     with ThreadPoolExecutor(2) as pool:  # their start takes longest
         servers = list(pool.map(start, [tiny_en_path] * 2))
-    for recorded, (process, url) in zip((False, True), servers):
-        page = Page(browser, url)
-        if recorded:
-            page.element("#record").click()  # type: ignore[attr-defined]
-        else:
-            page.send(long)
-        page.until("document.querySelector('.final')?.textContent")
-        process.kill()
-        process.wait(30)
-        page.error("the connection")
-        assert page.texts(".final")[0]  # what came is kept
+    try:
+        for recorded, (process, url) in zip((False, True), servers):
+            page = Page(browser, url)
+            if recorded:
+                page.element("#record").click()  # type: ignore[attr-defined]
+            else:
+                page.send(long)
+            page.until("document.querySelector('.final')?.textContent")
+            process.kill()
+            process.wait(30)
+            page.error("the connection")
+            assert page.texts(".final")[0]  # what came is kept
+    finally:
+        for process, _ in servers:
+            process.kill()
 
 
 def test_the_keyboard_alone(server: Running, browser: object, tmp_path: Path) -> None:
