@@ -238,8 +238,8 @@ class DeepFilterNet(nn.Module):
 def recalled(grus: Iterable[nn.Module], x: Tensor, span: int | None = None) -> Tensor:
     """[B, S, n] through one GRU after the other
 
-    span: where S is longer, each has forgotten what lies more than RECALLED frames before so many frames, which lie in
-    the batch then.
+    span: where S is longer, so many frames at a time, side by side in the batch; each of these spans hears RECALLED
+    frames before its own, and nothing earlier.
     """
     length, before = x.shape[1], RECALLED
     if span is None or length <= span + before:
