@@ -235,7 +235,7 @@ def test_freezing_changes_only_the_rest(world: dict[str, Path], tmp_path: Path, 
 
 def test_the_branches_hear_apart(world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the secondary branch hears through the cleaner, the primary does not, and both learn."""
-    monkeypatch.setattr("dawhisper.noise.augment.load_deepfilternet", lambda device="cpu": lambda x: x * 0)
+    monkeypatch.setattr("dawhisper.noise.augment.load_deepfilternet", lambda device="cpu": lambda x, span: x * 0)
     monkeypatch.setattr("dawhisper.noise.augment.weights_path", lambda: None)
     heard: list[torch.Tensor] = []
     encode = AudioEncoder.forward
