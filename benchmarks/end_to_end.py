@@ -37,6 +37,7 @@ import dawhisper
 from dawhisper.audio import SAMPLE_RATE, load_audio, to_int16
 from dawhisper.data.manifest import encode_audio
 from dawhisper.data.processes import in_processes
+from dawhisper.files import replacing
 
 PAUSE = 0.5  # seconds between two clips
 PART = 1200.0  # seconds of a long file that are encoded
@@ -92,7 +93,8 @@ def make_files(args: argparse.Namespace) -> list[Path]:
 
         clips = [clip.audio for clip in load_clips([args.manifest], 500)]
         folder.mkdir(parents=True, exist_ok=True)
-        for _ in in_processes(partial(write_file, clips, args.seconds), missing, chunk=1):
+        share = math.ceil(len(missing) / (os.cpu_count() or 1))  # the clips go to a process with each chunk: once
+        for _ in in_processes(partial(write_file, clips, args.seconds), missing, chunk=share):
             pass
     return files
 
@@ -107,9 +109,8 @@ def write_file(clips: list[np.ndarray], seconds: float, job: tuple[int, Path]) -
         length += len(parts[-2]) + len(pause)
         place += 1
     encoded = encode_audio(to_int16(np.concatenate(parts)[:size]), file.suffix[1:])
-    unfinished = file.with_suffix(".part")
-    unfinished.write_bytes(encoded if times == 1 else repeated(encoded, times))
-    unfinished.replace(file)
+    with replacing(file) as part:
+        part.write_bytes(encoded if times == 1 else repeated(encoded, times))
 
 
 def repeated(encoded: bytes, times: int) -> bytes:
