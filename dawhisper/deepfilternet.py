@@ -188,14 +188,14 @@ class DeepFilterNet(nn.Module):
         c0 = F.relu(c[4](F.pad(bins, (0, 0, 2, 0))))
         c1 = F.relu(c[5](c0))
         heard = e3.permute(0, 2, 3, 1).flatten(2) + F.relu(embed(c1.permute(0, 2, 3, 1).flatten(2)))
-        heard = F.relu(outside(recalled([self.encoder_gru], F.relu(inside(heard)), span)))
+        heard = F.relu(outside(recalled(self.encoder_gru, F.relu(inside(heard)), span)))
         return self.gains(heard, e0, e1, e2, e3, span), self.coefficients(heard, c0, span)
 
     def gains(self, heard: Tensor, e0: Tensor, e1: Tensor, e2: Tensor, e3: Tensor, span: int | None) -> Tensor:
         """What the encoder heard [B, S, 512], and its layers' outputs -> gains [B, S, E] in 0 to 1"""
         c, (wide2, wide1), (inside, outside) = self.band_convolutions, self.band_widening, self.band_linear
         x = F.relu(inside(heard))
-        x = F.relu(outside(recalled(self.band_gru, x, span))).unflatten(-1, (e3.shape[-1], -1)).permute(0, 3, 1, 2)
+        x = F.relu(outside(stacked(self.band_gru, x, span))).unflatten(-1, (e3.shape[-1], -1)).permute(0, 3, 1, 2)
         x = F.relu(c[1](F.relu(c[0](e3)) + x))
         x = F.relu(wide2(F.relu(c[2](e2)) + x))
         x = F.relu(wide1(F.relu(c[3](e1)) + x))
@@ -204,7 +204,7 @@ class DeepFilterNet(nn.Module):
     def coefficients(self, heard: Tensor, c0: Tensor, span: int | None) -> Tensor:
         """What the encoder heard [B, S, 512], and its first look at the bins -> complex [B, S, 96, ORDER]"""
         (inside, skip, outside) = self.filter_linear
-        x = outside(recalled(self.filter_gru, F.relu(inside(heard)), span) + skip(heard)).tanh()
+        x = outside(stacked(self.filter_gru, F.relu(inside(heard)), span) + skip(heard)).tanh()
         x = x.unflatten(-1, (FILTERED, -1))
         x = x + F.relu(self.filter_convolution(F.pad(c0, (0, 0, ORDER - 1, 0)))).permute(0, 2, 3, 1)
         return torch.view_as_complex(x.unflatten(-1, (ORDER, 2)).contiguous())
@@ -235,23 +235,26 @@ class DeepFilterNet(nn.Module):
         return made
 
 
-def recalled(grus: Iterable[nn.Module], x: Tensor, span: int | None = None) -> Tensor:
-    """[B, S, n] through one GRU after the other
+def stacked(grus: Iterable[nn.Module], x: Tensor, span: int | None) -> Tensor:
+    """[B, S, n] through one GRU after the other, as `recalled`"""
+    for gru in grus:
+        x = recalled(gru, x, span)
+    return x
+
+
+def recalled(gru: nn.Module, x: Tensor, span: int | None) -> Tensor:
+    """[B, S, n] through a GRU
 
     span: where S is longer, so many frames at a time, side by side in the batch; each of these spans hears RECALLED
     frames before its own, and nothing earlier.
     """
     length, before = x.shape[1], RECALLED
     if span is None or length <= span + before:
-        for gru in grus:
-            x = gru(x)[0]
-        return x
-    for gru in grus:
-        first = gru(x[:, : span + before])[0]  # begins with the recording
-        rest = F.pad(x[:, span:], (0, 0, 0, -(length - before) % span)).unfold(1, before + span, span)
-        own = gru(rest.transpose(2, 3).flatten(0, 1))[0][:, before:]  # of spans that begin at `before + span` and on
-        x = torch.cat([first, own.unflatten(0, rest.shape[:2]).flatten(1, 2)], dim=1)[:, :length]
-    return x
+        return gru(x)[0]
+    first = gru(x[:, : span + before])[0]  # begins with the recording
+    rest = F.pad(x[:, span:], (0, 0, 0, -(length - before) % span)).unfold(1, before + span, span)
+    own = gru(rest.transpose(2, 3).flatten(0, 1))[0][:, before:]  # of spans that begin at `before + span` and on
+    return torch.cat([first, own.unflatten(0, rest.shape[:2]).flatten(1, 2)], dim=1)[:, :length]
 
 
 def resampled(x: Tensor, factor: float) -> Tensor:
