@@ -85,7 +85,7 @@ to_transformers(load_model(model, device="cpu", dtype="fp32"), Path(out, "transf
 for words in (
     ["transcribe", clip, "--model", model, *QUICK, "--vad_filter", "True", "-o", out + "/text"],
     ["bench", clip, *few, "--against", "transformers", "--threads", "1", "--converted", out + "/converted"],
-    ["export", "--model", model, "--out", out + "/graphs", "--format", "torch"],
+    ["export", "--model", model, "--out", out + "/onnx"],
     ["prepare", manifest, "--out", out + "/prepared", "--language", "en", "--split", "1", "0", "0"],
     ["join", manifest, "--out", out + "/joined", "--seconds", "1", "29"],
     ["evaluate", manifest, *few, *short, "--kinds", "reverb", "--snr", "0", "--out", out + "/errors"],
